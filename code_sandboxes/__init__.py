@@ -1,0 +1,67 @@
+"""Run code that nobody has read, in a place where it may run."""
+
+from code_sandboxes.config import SandboxConfig
+from code_sandboxes.errors import (
+    ContextNotFoundError,
+    SandboxConfigurationError,
+    SandboxConnectionError,
+    SandboxError,
+    SandboxExecutionError,
+    SandboxIsolationWarning,
+    SandboxNotStartedError,
+    SandboxTimeoutError,
+)
+from code_sandboxes.info import (
+    Capabilities,
+    Capability,
+    ResourceConfig,
+    SandboxInfo,
+    SandboxStatus,
+    SandboxVariant,
+)
+from code_sandboxes.operations import OutputHandler
+from code_sandboxes.results import (
+    CodeError,
+    Context,
+    ExecutionError,
+    ExecutionResult,
+    ExecutionStatus,
+    InputRequest,
+    Logs,
+    MIMEType,
+    OutputMessage,
+    Result,
+)
+from code_sandboxes.sandbox import CodeStream, LocalJupyterSandbox, Sandbox
+
+__all__ = [
+    "Capabilities",
+    "Capability",
+    "CodeError",
+    "CodeStream",
+    "Context",
+    "ContextNotFoundError",
+    "ExecutionError",
+    "ExecutionResult",
+    "ExecutionStatus",
+    "InputRequest",
+    "LocalJupyterSandbox",
+    "Logs",
+    "MIMEType",
+    "OutputHandler",
+    "OutputMessage",
+    "ResourceConfig",
+    "Result",
+    "Sandbox",
+    "SandboxConfig",
+    "SandboxConfigurationError",
+    "SandboxConnectionError",
+    "SandboxError",
+    "SandboxExecutionError",
+    "SandboxInfo",
+    "SandboxIsolationWarning",
+    "SandboxNotStartedError",
+    "SandboxStatus",
+    "SandboxTimeoutError",
+    "SandboxVariant",
+]

@@ -1,0 +1,82 @@
+"""Everything this library raises, and the one warning it gives.
+
+::
+
+    SandboxError
+     +-- SandboxConfigurationError   (ValueError)       a setting cannot be honoured
+     +-- SandboxNotStartedError      (RuntimeError)     used before start() or after the end
+     +-- SandboxConnectionError      (ConnectionError)  a kernel could not be started, or was lost
+     +-- SandboxTimeoutError         (TimeoutError)     a run took longer than its timeout
+     +-- SandboxExecutionError       (RuntimeError)     the code of a run failed
+     +-- ContextNotFoundError        (LookupError)      no context of that name or id
+
+Code that fails inside a sandbox raises nothing: its error is a value, ``result.error``;
+``result.raise_for_status()`` makes it one of the three in the middle, with the result attached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from code_sandboxes.results import ExecutionResult
+
+__all__ = [
+    "ContextNotFoundError",
+    "SandboxConfigurationError",
+    "SandboxConnectionError",
+    "SandboxError",
+    "SandboxExecutionError",
+    "SandboxIsolationWarning",
+    "SandboxNotStartedError",
+    "SandboxTimeoutError",
+]
+
+
+class SandboxError(Exception):
+    """Base of every error of this library; catch it to catch them all."""
+
+
+class SandboxConfigurationError(SandboxError, ValueError):
+    """A setting that the chosen variant cannot honour, refused before anything was started."""
+
+
+class SandboxNotStartedError(SandboxError, RuntimeError):
+    """The sandbox is not running: it was not started yet, or it has ended."""
+
+
+class _RunError(SandboxError):
+    """A run that did not succeed; *result* is all it produced."""
+
+    def __init__(self, message: str, result: ExecutionResult | None = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class SandboxConnectionError(_RunError, ConnectionError):
+    """A kernel could not be started or reached, or died; *result* is set where a run was cut short."""
+
+
+class SandboxTimeoutError(_RunError, TimeoutError):
+    """A run took longer than its timeout and was interrupted."""
+
+
+class SandboxExecutionError(_RunError, RuntimeError):
+    """The code of a run raised, or was interrupted or not run."""
+
+
+class ContextNotFoundError(SandboxError, LookupError):
+    """The sandbox has no such context."""
+
+    def __init__(self, context: str, known: Iterable[str]) -> None:
+        super().__init__(context)
+        self.context = context
+        self.known = sorted(known)
+
+    def __str__(self) -> str:
+        return f"no context {self.context!r} in this sandbox (known: {', '.join(self.known) or 'none'})"
+
+
+class SandboxIsolationWarning(UserWarning):
+    """``isolation="auto"`` found nothing stronger than a process of its own."""

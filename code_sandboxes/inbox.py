@@ -1,0 +1,99 @@
+"""Where the events of one request wait for whoever made it.
+
+The I/O thread puts, one caller takes, in its own thread or task. What waits is bounded: output that nobody
+takes is kept up to a limit, its beginning and its latest part, since iopub cannot be made to wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from code_sandboxes.protocol.events import Displayed, Event, OutputDropped, Streamed, Updated
+
+__all__ = ["Inbox"]
+
+
+class Inbox:
+    """A queue of events, from the I/O thread to one caller.
+
+    Args:
+        limit: bytes of output that may wait here; control events always find room.
+    """
+
+    def __init__(self, limit: int = 256 * 1024**2) -> None:
+        self._half = max(1, limit // 2)
+        self._head: deque[tuple[Event, int]] = deque()
+        self._tail: deque[tuple[Event, int]] = deque()
+        self._head_size = self._tail_size = 0
+        self._dropped = False
+        self._lock = threading.Lock()
+        self._arrived = threading.Lock()
+        self._arrived.acquire()
+        self._wake: Callable[[], None] = self._signal
+
+    def put(self, event: Event, *, wake: bool = True) -> None:
+        """Append *event*; called by the I/O thread only. Without *wake* it is found with the next one."""
+        size = _size(event)
+        with self._lock:
+            if not self._tail and self._head_size + size <= self._half:
+                self._head.append((event, size))
+                self._head_size += size
+            else:
+                self._tail.append((event, size))
+                self._tail_size += size
+                if self._tail_size > self._half:
+                    self._drop_oldest()
+        if wake:
+            self._wake()
+
+    def take(self) -> Event | None:
+        """The next event, or None if there is none now."""
+        with self._lock:
+            if not self._head:
+                if self._dropped:
+                    self._dropped = False
+                    return OutputDropped()
+                self._head, self._tail = self._tail, self._head
+                self._head_size, self._tail_size = self._tail_size, 0
+            if not self._head:
+                return None
+            event, size = self._head.popleft()
+            self._head_size -= size
+            return event
+
+    def wait(self, timeout: float | None) -> None:
+        """Block until something may have been put, at most *timeout* seconds."""
+        if timeout is None:
+            self._arrived.acquire()
+        elif timeout > 0:
+            self._arrived.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+
+    def notify(self, wake: Callable[[], None]) -> None:
+        """Call *wake*, in the I/O thread, instead of ending a :meth:`wait`: for who must not block."""
+        self._wake = wake
+
+    def _signal(self) -> None:
+        # A lock used as a flag: only the I/O thread opens it, so nobody can come in between.
+        if self._arrived.locked():
+            self._arrived.release()
+
+    def _drop_oldest(self) -> None:
+        kept: deque[tuple[Event, int]] = deque()
+        while self._tail and self._tail_size > self._half:
+            event, size = self._tail.popleft()
+            if size:
+                self._tail_size -= size
+                self._dropped = True
+            else:
+                kept.append((event, size))
+        self._tail.extendleft(reversed(kept))
+
+
+def _size(event: Event) -> int:
+    if isinstance(event, Streamed):
+        return len(event.text)
+    if isinstance(event, (Displayed, Updated)):
+        return 64 + sum(len(value) if isinstance(value, str) else 64 for value in event.data.values())
+    return 0

@@ -1,0 +1,108 @@
+"""What a sandbox tells about itself: its variant, its state, and what it can and cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from code_sandboxes.results import Text
+
+if TYPE_CHECKING:
+    from code_sandboxes.config import SandboxConfig
+
+__all__ = ["Capabilities", "Capability", "ResourceConfig", "SandboxInfo", "SandboxStatus", "SandboxVariant"]
+
+
+class SandboxVariant(Text):
+    """Where code can run."""
+
+    LOCAL_JUPYTER = "local-jupyter"
+
+
+class SandboxStatus(Text):
+    """Compares equal to the plain strings."""
+
+    CREATED = "created"  # not started yet
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceConfig:
+    """What the sandbox may use; None where nothing is enforced.
+
+    Args:
+        cpu: number of CPUs.
+        memory: bytes.
+        gpu: type.
+    """
+
+    cpu: float | None = None
+    memory: int | None = None
+    gpu: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxInfo:
+    """A sandbox as it is now.
+
+    Args:
+        created_at: seconds since the epoch, None before the start.
+        end_at: when its lifetime ends, seconds since the epoch; None if it has none.
+        isolation: what separates it from the machine it runs on.
+    """
+
+    id: str
+    variant: SandboxVariant
+    status: SandboxStatus
+    created_at: float | None
+    end_at: float | None
+    name: str | None
+    tags: Mapping[str, str]
+    config: SandboxConfig
+    resources: ResourceConfig
+    isolation: str
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """Yes, or no and why not. True in a condition if it is yes."""
+
+    supported: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.supported
+
+    def __str__(self) -> str:
+        return "yes" if self.supported else f"no: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a variant can do on this machine, one field for each thing in which variants differ.
+
+    Args:
+        languages: the names that ``language=`` takes.
+        contexts: several, with variables of their own.
+        interrupt_blocked: code that does not react to an interrupt can be stopped, at the cost of its state.
+        subshells: files and commands work while code runs.
+    """
+
+    languages: tuple[str, ...]
+    contexts: Capability
+    interrupt_blocked: Capability
+    subshells: Capability
+    network_none: Capability
+    network_allowlist: Capability
+    memory_limit: Capability
+    cpu_limit: Capability
+    pids_limit: Capability
+    disk_limit: Capability
+    gpu: Capability
+    mounts: Capability
+    idle_timeout: Capability
+    snapshots: Capability
+    fork: Capability

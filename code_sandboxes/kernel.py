@@ -1,0 +1,679 @@
+"""One kernel: a process somebody started, a transport to it, and an inbox for each run.
+
+It lives in the I/O thread: there it sends one request at a time, keeps deadlines, interrupts what is late,
+kills what does not stop, notices death, and starts afresh when the next run comes. It does not assume that
+it is the parent of the process: all it knows of that is :class:`KernelProcess`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from enum import Enum
+from typing import Literal, Protocol
+
+from code_sandboxes.errors import SandboxConnectionError, SandboxNotStartedError
+from code_sandboxes.inbox import Inbox
+from code_sandboxes.protocol.events import (
+    Died,
+    Done,
+    Event,
+    Idle,
+    InputAsked,
+    InterruptAsked,
+    KernelReplaced,
+    KernelStatus,
+    NotRun,
+    OutputDropped,
+    Replied,
+    Started,
+    Terminated,
+    TimedOut,
+    Welcomed,
+)
+from code_sandboxes.protocol.messages import Message, Session
+from code_sandboxes.protocol.outputs import Displays, Outputs
+from code_sandboxes.protocol.router import Router
+from code_sandboxes.results import Logs
+from code_sandboxes.transports.loop import Loop, Timer
+from code_sandboxes.transports.zmq import ConnectionInfo, ZmqTransport
+
+__all__ = ["Ended", "Kernel", "KernelInfo", "KernelProcess", "Limits", "Ready", "Run", "StartFailed"]
+
+_log = logging.getLogger(__name__)
+
+# Seconds without any message after which the missing half of an answer is not waited for any more. After
+# an interrupt a missing half is a known fault of ipykernel; otherwise it means that something was lost.
+_SETTLE = 5.0
+_SETTLE_INTERRUPTED = 1.0
+
+# A signal that comes before the code has begun is ignored by ipykernel: wait for its execute_input, but
+# not for long, since some kernels send none.
+_START_OF_CODE = 0.5
+
+# What a dead process had sent is still on its way through libzmq's own thread for a moment.
+_DRAIN_QUIET = 0.03
+_DRAIN_MOST = 0.5
+
+# How long an orderly end may take before it becomes a kill.
+_FAREWELL = 1.0
+
+_HANDSHAKE_RETRY = 0.25
+_BACKGROUND_LIMIT = 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long and how much.
+
+    Args:
+        grace: seconds an interrupted run may take to stop before its kernel is killed.
+        start: seconds a kernel may take until it answers.
+        max_message: bytes of one message.
+    """
+
+    grace: float = 5.0
+    start: float = 60.0
+    max_message: int = 512 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class KernelInfo:
+    """What the kernel says of itself (messaging documentation, section "Kernel info")."""
+
+    language: str
+    supported_features: tuple[str, ...]
+
+
+class KernelProcess(Protocol):
+    """What a kernel runs in, as far as the kernel must know. Called in the I/O thread; nothing may block."""
+
+    @property
+    def connection(self) -> ConnectionInfo: ...
+
+    @property
+    def interrupt_mode(self) -> Literal["signal", "message"]: ...
+
+    def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
+        """Call *ended* once, when the process has ended."""
+
+    def exit_code(self) -> int | None:
+        """As in :mod:`subprocess`; None while it lives, or where nobody knows."""
+
+    def output(self) -> str:
+        """The latest of what it wrote to its standard error."""
+
+    def interrupt(self) -> None: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def release(self) -> None:
+        """Remove what is left after the end; in the worker thread, may block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Event):
+    """The kernel answers, and nothing that it publishes is missed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed(Event):
+    """There is no kernel, for this reason."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Ended(Event):
+    """The kernel is closed and nothing is left of it."""
+
+
+class _State(Enum):
+    NEW = "new"
+    STARTING = "starting"
+    READY = "ready"
+    DEAD = "dead"
+    CLOSED = "closed"
+
+
+class Run:
+    """One execution on its way through a kernel; the I/O thread's side of it.
+
+    Args:
+        content: of the ``execute_request``.
+        timeout: seconds from when the kernel gets it; None waits for ever.
+        inbox: where its events go.
+    """
+
+    def __init__(self, content: Mapping[str, object], timeout: float | None, inbox: Inbox) -> None:
+        self.content = content
+        self.timeout = timeout
+        self.inbox = inbox
+        self.msg_id = ""
+        self.started = False
+        self.stopping = False
+        self.signalled = False
+        self.deadline: Timer | None = None
+        self.time_left: float | None = None
+        self.settling = False
+
+
+class Kernel:
+    """A kernel that is started, used, restarted after its death, and closed; from any thread.
+
+    Args:
+        loop: the I/O thread.
+        launch: starts the process; called in the worker thread, may block and raise.
+        name: what messages about it call it.
+        limits: see there.
+    """
+
+    def __init__(self, loop: Loop, launch: Callable[[], KernelProcess], name: str, limits: Limits) -> None:
+        self.displays = Displays()
+        self.info: KernelInfo | None = None
+        self.dropped: Counter[str] = Counter()
+        self._loop = loop
+        self._launch_process = launch
+        self._name = name
+        self._limits = limits
+        self._state = _State.NEW
+        self._closing = False
+        self._process: KernelProcess | None = None
+        self._transport: ZmqTransport | None = None
+        self._session = _new_session()
+        self._router = Router(self._session)
+        self._queue: deque[Run] = deque()
+        self._current: Run | None = None
+        self._waiting_for_start: list[Inbox] = []
+        self._waiting_for_end: list[Inbox] = []
+        self._handshake_id = ""
+        self._heard_iopub = self._welcomed = False
+        self._start_timer: Timer | None = None
+        self._last_message = 0.0
+        self._restarting = False
+        self._releasing = 0
+        self._death_unreported = False
+        self._background = Outputs(self.displays, _BACKGROUND_LIMIT)
+        self._background_lock = threading.Lock()
+
+    # What any thread may call.
+
+    @property
+    def is_executing(self) -> bool:
+        """A run is on, or waits for its turn."""
+        return self._current is not None or bool(self._queue)
+
+    @property
+    def background_output(self) -> Logs:
+        """What was printed while no run was on."""
+        with self._background_lock:
+            self._background.flush(time.time())
+            return self._background.logs()
+
+    def start(self, inbox: Inbox) -> None:
+        """Start it; *inbox* gets :class:`Ready` or :class:`StartFailed`."""
+        self._loop.call_soon(lambda: self._start(inbox))
+
+    def restart(self, inbox: Inbox) -> None:
+        """Start it afresh; *inbox* gets :class:`Ready` or :class:`StartFailed`."""
+        self._loop.call_soon(lambda: self._restart(inbox))
+
+    def execute(self, run: Run) -> None:
+        """Run it when its turn has come; its inbox gets events up to a final one."""
+        self._loop.call_soon(lambda: self._enqueue(run))
+
+    def answer(self, run: Run, asked: InputAsked, value: str) -> None:
+        """Answer an ``input_request``; the clock of the run goes on."""
+        self._loop.call_soon(lambda: self._answer(run, asked, value))
+
+    def interrupt(self) -> bool:
+        """Interrupt the run that is on; False if there was none."""
+        if not self.is_executing:
+            return False
+        self._loop.call_soon(self._interrupt_current)
+        return True
+
+    def cancel(self, run: Run) -> None:
+        """Interrupt *run*, or take it out of the queue."""
+        self._loop.call_soon(lambda: self._cancel(run))
+
+    def close(self, inbox: Inbox, sentence: str, *, orderly: bool) -> None:
+        """End it for good; *inbox* gets :class:`Ended`. Runs are cut short, *sentence* tells them why."""
+        self._loop.call_soon(lambda: self._close(inbox, sentence, orderly))
+
+    # Start.
+
+    def _start(self, inbox: Inbox) -> None:
+        if self._state is _State.READY:
+            inbox.put(Ready())
+            return
+        if self._closing:
+            inbox.put(StartFailed(SandboxNotStartedError(f"{self._name} was terminated")))
+            return
+        self._waiting_for_start.append(inbox)
+        if self._state is not _State.STARTING:
+            self._launch()
+
+    def _restart(self, inbox: Inbox) -> None:
+        if self._process is None or self._closing or self._state is _State.STARTING:
+            self._start(inbox)
+            return
+        self._cut_short(f"{self._name} was restarted")
+        self._state = _State.STARTING
+        self._restarting = True
+        self._waiting_for_start.append(inbox)
+        self._process.kill()
+
+    def _launch(self) -> None:
+        self._state = _State.STARTING
+        self._loop.run_blocking(self._launch_process, self._launched)
+
+    def _launched(self, process: KernelProcess | None, error: Exception | None) -> None:
+        if process is None:
+            self._fail_to_start(error or RuntimeError("nothing was launched"))
+            return
+        self._process = process
+        process.watch(self._loop, self._process_ended)
+        if self._closing:
+            process.kill()
+            return
+        self._last_message = time.monotonic()
+        self._start_timer = self._loop.call_later(self._limits.start, self._start_took_too_long)
+        self._connect()
+
+    def _connect(self) -> None:
+        assert self._process is not None
+        self._session = _new_session()
+        self._router = Router(self._session)
+        self._heard_iopub = self._welcomed = False
+        self.info = None
+        self._transport = ZmqTransport(
+            self._loop,
+            self._process.connection,
+            self._session.session_id,
+            self._receive,
+            self._limits.max_message,
+        )
+        self._transport.open()
+        self._shake_hands()
+
+    def _shake_hands(self) -> None:
+        request = self._session.message("shell", "kernel_info_request")
+        self._handshake_id = request.msg_id
+        self._send(request, expect=True)
+        self._loop.call_later(_HANDSHAKE_RETRY, lambda: self._shake_hands_again(request))
+
+    def _shake_hands_again(self, request: Message) -> None:
+        # A kernel without iopub_welcome: ask until what it publishes about that is heard.
+        waiting = self._state is _State.STARTING and request.msg_id == self._handshake_id
+        if waiting and self.info is not None:
+            self._shake_hands()
+        elif waiting:
+            self._loop.call_later(_HANDSHAKE_RETRY, lambda: self._shake_hands_again(request))
+
+    def _shaken_hands(self, event: Event) -> None:
+        if isinstance(event, Replied):
+            self.info = _kernel_info(event.content)
+        self._ready_if_complete()
+
+    def _ready_if_complete(self) -> None:
+        if self._state is not _State.STARTING or self.info is None or not self._heard_iopub:
+            return
+        self._state = _State.READY
+        _cancel(self._start_timer)
+        for inbox in self._take_waiting_for_start():
+            inbox.put(Ready())
+        self._advance()
+
+    def _start_took_too_long(self) -> None:
+        if self._state is _State.STARTING and self._process is not None:
+            self._start_timer = None
+            self._process.kill()
+
+    def _fail_to_start(self, error: Exception) -> None:
+        self._state = _State.DEAD
+        for inbox in self._take_waiting_for_start():
+            inbox.put(StartFailed(error))
+        for run in self._take_queue():
+            run.inbox.put(NotRun(f"not run: {error}"))
+        if self._closing:
+            self._closed()
+
+    # Runs.
+
+    def _enqueue(self, run: Run) -> None:
+        if self._closing:
+            run.inbox.put(NotRun(f"not run: {self._name} was terminated"))
+            return
+        self._queue.append(run)
+        self._advance()
+
+    def _advance(self) -> None:
+        if self._current is not None or not self._queue:
+            return
+        if self._state is _State.READY:
+            self._begin(self._queue.popleft())
+        elif self._state in (_State.NEW, _State.DEAD):
+            self._launch()
+
+    def _begin(self, run: Run) -> None:
+        self._current = run
+        if self._death_unreported:
+            self._death_unreported = False
+            run.inbox.put(KernelReplaced(), wake=False)
+        request = self._session.message("shell", "execute_request", run.content)
+        run.msg_id = request.msg_id
+        if run.timeout is not None:
+            run.deadline = self._loop.call_later(run.timeout, lambda: self._time_out(run))
+        self._send(request, expect=True)
+
+    def _finish(self, run: Run, event: Event) -> None:
+        """Nothing more comes for *run*: *event* is its last."""
+        _cancel(run.deadline)
+        self._router.forget(run.msg_id)
+        self._current = None
+        run.inbox.put(event)
+
+    def _answer(self, run: Run, asked: InputAsked, value: str) -> None:
+        if run is not self._current:
+            return
+        content = {"value": value}
+        self._send(self._session.message("stdin", "input_reply", content, parent_header=asked.header))
+        if run.time_left is not None and not run.stopping:
+            run.deadline = self._loop.call_later(run.time_left, lambda: self._time_out(run))
+            run.time_left = None
+
+    def _pause_clock(self, run: Run) -> None:
+        if run.deadline is not None and not run.stopping:
+            run.time_left = max(0.0, run.deadline.when - time.monotonic())
+            run.deadline.cancel()
+
+    # The end of a run that does not end by itself: interrupt, wait, kill.
+
+    def _time_out(self, run: Run) -> None:
+        if run is self._current and not run.stopping:
+            run.inbox.put(TimedOut(run.timeout or 0.0))
+            self._stop(run)
+
+    def _interrupt_current(self) -> None:
+        if self._current is not None:
+            self._cancel(self._current)
+
+    def _cancel(self, run: Run) -> None:
+        if run is self._current:
+            run.inbox.put(InterruptAsked())
+            self._stop(run)
+        elif run in self._queue:
+            self._queue.remove(run)
+            run.inbox.put(NotRun("not run: it was interrupted while it waited for its turn"))
+
+    def _stop(self, run: Run) -> None:
+        if run.stopping:
+            return
+        run.stopping = True
+        _cancel(run.deadline)
+        run.deadline = self._loop.call_later(self._limits.grace, lambda: self._kill_under(run))
+        if run.started:
+            self._signal(run)
+        else:
+            self._loop.call_later(_START_OF_CODE, lambda: self._signal(run))
+
+    def _signal(self, run: Run) -> None:
+        if run is not self._current or run.signalled or self._process is None:
+            return
+        run.signalled = True
+        if self._process.interrupt_mode == "message":
+            self._send(self._session.message("control", "interrupt_request"))
+        else:
+            self._process.interrupt()
+        self._poke(run)
+        self._loop.call_later(_START_OF_CODE, lambda: self._poke(run))
+
+    def _poke(self, run: Run) -> None:
+        # A cell that awaits is not woken by the signal alone (ipykernel's handler only leaves a note for an
+        # event loop that sleeps): any message on the shell channel wakes it.
+        if run is self._current:
+            self._send(self._session.message("shell", "kernel_info_request"))
+
+    def _kill_under(self, run: Run) -> None:
+        if run is self._current and self._process is not None:
+            self._process.kill()
+
+    # What comes from the kernel.
+
+    def _receive(self, message: Message) -> None:
+        self._last_message = time.monotonic()
+        for recipient, event in self._router.receive(message):
+            run = self._current
+            if recipient is None:
+                self._of_the_kernel(event)
+            elif run is not None and recipient == run.msg_id:
+                self._of_the_run(run, event)
+            elif recipient == self._handshake_id:
+                self._shaken_hands(event)
+        if message.channel == "iopub" and not self._heard_iopub:
+            self._heard_iopub = True
+            self._ready_if_complete()
+
+    def _of_the_kernel(self, event: Event) -> None:
+        if isinstance(event, Welcomed):
+            # A second one means that the connection was lost in between, and output with it.
+            if self._welcomed and self._current is not None:
+                self._current.inbox.put(OutputDropped())
+            self._welcomed = True
+        elif isinstance(event, KernelReplaced):
+            if self._current is not None:
+                self._current.inbox.put(event)
+        elif not isinstance(event, KernelStatus):
+            now = time.time()
+            with self._background_lock:
+                self._background.feed(event, now, now)
+
+    def _of_the_run(self, run: Run, event: Event) -> None:
+        if isinstance(event, (Idle, KernelStatus)):
+            if isinstance(event, Idle):
+                self._settle(run)
+            return
+        if isinstance(event, Done):
+            self._finish(run, event)
+            self._advance()
+            return
+        if isinstance(event, InputAsked):
+            if not run.content.get("allow_stdin"):
+                return  # a kernel that asks all the same waits for nobody: the deadline ends it
+            self._pause_clock(run)
+        elif isinstance(event, Replied):
+            self._settle(run)
+        run.inbox.put(event, wake=not isinstance(event, (Started, Replied)))
+        if isinstance(event, Started):
+            run.started = True
+            if run.stopping:
+                self._signal(run)
+
+    def _settle(self, run: Run) -> None:
+        """One half of the answer is there: expect the other, but not for ever."""
+        if not run.settling:
+            run.settling = True
+            self._loop.call_later(_SETTLE_INTERRUPTED, lambda: self._settle_if_quiet(run))
+
+    def _settle_if_quiet(self, run: Run) -> None:
+        if run is not self._current:
+            return
+        patience = _SETTLE_INTERRUPTED if run.signalled else _SETTLE
+        quiet_for = time.monotonic() - self._last_message
+        if quiet_for < patience:
+            self._loop.call_later(patience - quiet_for, lambda: self._settle_if_quiet(run))
+            return
+        if run.signalled:
+            self._finish(run, Done())
+            self._advance()
+            return
+        # Not the kernel's habit: libzmq gives up a connection on which a message was too large.
+        run.inbox.put(OutputDropped())
+        self._finish(run, Done())
+        self._reconnect()
+
+    def _reconnect(self) -> None:
+        self._close_transport()
+        self._state = _State.STARTING
+        self._start_timer = self._loop.call_later(self._limits.start, self._start_took_too_long)
+        self._connect()
+
+    def _send(self, message: Message, *, expect: bool = False) -> None:
+        if self._transport is not None:
+            if expect:
+                self._router.sent(message)
+            self._transport.send(message)
+
+    # Death.
+
+    def _process_ended(self) -> None:
+        now = time.monotonic()
+        self._last_message = max(self._last_message, now)
+        self._drain(now)
+
+    def _drain(self, ended_at: float) -> None:
+        now = time.monotonic()
+        quiet_at = min(self._last_message + _DRAIN_QUIET, ended_at + _DRAIN_MOST)
+        if now < quiet_at and not self._closing:
+            self._loop.call_at(quiet_at, lambda: self._drain(ended_at))
+        else:
+            self._bury()
+
+    def _bury(self) -> None:
+        process, self._process = self._process, None
+        assert process is not None
+        self._close_transport()
+        self._releasing += 1
+        self._loop.run_blocking(process.release, lambda _, error: self._released(error))
+        if self._closing:
+            return
+        started, self._state = self._state is not _State.STARTING, _State.DEAD
+        if self._restarting:
+            self._restarting = False
+            self._launch()
+        elif not started:
+            self._fail_to_start(self._error_of_start(process))
+        else:
+            self._died(process)
+
+    def _died(self, process: KernelProcess) -> None:
+        code = process.exit_code()
+        if self._current is None:
+            self._death_unreported = True
+        else:
+            sentence = f"the kernel {_how_it_died(code)} while it ran the code"
+            self._finish(self._current, Died(sentence, code, process.output()))
+        self._advance()
+
+    def _error_of_start(self, process: KernelProcess) -> SandboxConnectionError:
+        if self._start_timer is None:
+            what = f"did not answer within {self._limits.start:g} s"
+        else:
+            self._start_timer.cancel()
+            what = f"{_how_it_died(process.exit_code())} before it answered"
+        said = process.output().strip()
+        return SandboxConnectionError(
+            f"{self._name} {what}; {f'it said: {said}' if said else 'it said nothing'}"
+        )
+
+    def _released(self, error: Exception | None) -> None:
+        self._releasing -= 1
+        if error is not None:
+            _log.warning("could not remove what %s left: %s", self._name, error)
+        if self._closing:
+            self._closed()
+
+    # The end.
+
+    def _close(self, inbox: Inbox, sentence: str, orderly: bool) -> None:
+        if self._state is _State.CLOSED:
+            inbox.put(Ended())
+            return
+        self._waiting_for_end.append(inbox)
+        first, self._closing = not self._closing, True
+        if first:
+            self._cut_short(sentence)
+            for run in self._take_queue():
+                run.inbox.put(NotRun(f"not run: {sentence}"))
+            for waiting in self._take_waiting_for_start():
+                waiting.put(StartFailed(SandboxNotStartedError(sentence)))
+        if self._process is not None:
+            self._end_process(self._process, orderly)
+        elif self._state is not _State.STARTING:
+            self._closed()
+
+    def _end_process(self, process: KernelProcess, orderly: bool) -> None:
+        if orderly:
+            process.terminate()
+            self._loop.call_later(_FAREWELL, process.kill)
+        else:
+            process.kill()
+
+    def _cut_short(self, sentence: str) -> None:
+        if self._current is not None:
+            self._finish(self._current, Terminated(sentence))
+
+    def _closed(self) -> None:
+        if self._releasing:
+            return
+        self._close_transport()
+        self._state = _State.CLOSED
+        for inbox in self._waiting_for_end:
+            inbox.put(Ended())
+        self._waiting_for_end.clear()
+
+    def _close_transport(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+            self.dropped += self._transport.dropped + self._router.dropped
+            self._transport = None
+
+    def _take_queue(self) -> list[Run]:
+        runs = list(self._queue)
+        self._queue.clear()
+        return runs
+
+    def _take_waiting_for_start(self) -> list[Inbox]:
+        inboxes, self._waiting_for_start = self._waiting_for_start, []
+        return inboxes
+
+
+def _new_session() -> Session:
+    return Session(os.urandom(16).hex(), lambda: datetime.now(timezone.utc).isoformat())
+
+
+def _cancel(timer: Timer | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+def _kernel_info(content: Mapping[str, object]) -> KernelInfo:
+    language_info = content.get("language_info")
+    language = language_info.get("name") if isinstance(language_info, dict) else None
+    features = content.get("supported_features")
+    return KernelInfo(
+        language if isinstance(language, str) else "",
+        tuple(f for f in features if isinstance(f, str)) if isinstance(features, list) else (),
+    )
+
+
+def _how_it_died(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "ended"
+    if exit_code >= 0:
+        return f"exited with code {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = "no name"
+    return f"died with signal {-exit_code} ({name})"

@@ -1,0 +1,525 @@
+"""What both sandboxes do, written once.
+
+An operation is a generator: it yields what has to be waited for or told to somebody, and returns a value.
+:class:`Sandbox` drives it by blocking, ``AsyncSandbox`` by awaiting; neither knows what it does. Whatever a
+driver raises where it waits (Ctrl-C, a cancellation) arrives here, at the ``yield``, so that there is one
+path for all of them: interrupt the code, wait until it has stopped or was killed, raise it again.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TypeVar
+
+from code_sandboxes.config import SandboxConfig, check_seconds
+from code_sandboxes.errors import (
+    ContextNotFoundError,
+    SandboxConnectionError,
+    SandboxNotStartedError,
+)
+from code_sandboxes.inbox import Inbox
+from code_sandboxes.info import SandboxStatus
+from code_sandboxes.kernel import Ended, Kernel, Limits, Ready, Run, StartFailed
+from code_sandboxes.protocol.calls import Execution, Output
+from code_sandboxes.protocol.events import Event
+from code_sandboxes.results import (
+    Context,
+    ExecutionError,
+    ExecutionResult,
+    InputRequest,
+    Logs,
+    OutputMessage,
+    Result,
+)
+from code_sandboxes.transports.loop import Loop, Timer, the_loop
+from code_sandboxes.variants.base import Variant
+
+__all__ = [
+    "Ask",
+    "Core",
+    "Emit",
+    "Handlers",
+    "LeftEarly",
+    "Operation",
+    "OutputHandler",
+    "Step",
+    "Wait",
+    "running_inside",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Come back when *inbox* has something, or at *until* (monotonic seconds)."""
+
+    inbox: Inbox
+    until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Give *output* of the context *context_id* to whoever listens."""
+
+    output: Output
+    context_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Come back with the answer to *request*."""
+
+    request: InputRequest
+    context_id: str
+
+
+Step = Wait | Emit | Ask
+Operation = Generator[Step, object, T]
+
+OutputHandler = Callable[[OutputMessage], object]
+
+running_inside: ContextVar[frozenset[str]] = ContextVar("running_inside", default=frozenset())
+"""The contexts in a callback of whose run the caller is."""
+
+
+class LeftEarly(BaseException):
+    """The iterator over a run was left before its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """The callbacks of one run."""
+
+    on_stdout: OutputHandler | None = None
+    on_stderr: OutputHandler | None = None
+    on_result: Callable[[Result], object] | None = None
+    on_error: Callable[[ExecutionError], object] | None = None
+    on_input: Callable[[InputRequest], object] | None = None
+
+    def check(self) -> Handlers:
+        """Itself, if what is given can be called.
+
+        Raises:
+            TypeError: it cannot.
+        """
+        for name in self.__slots__:
+            handler = getattr(self, name)
+            if handler is not None and not callable(handler):
+                raise TypeError(f"{name} must be a function, not {type(handler).__name__}")
+        return self
+
+    @property
+    def listen(self) -> bool:
+        return any((self.on_stdout, self.on_stderr, self.on_result, self.on_error))
+
+    def call(self, output: Output) -> object:
+        """Give *output* to the callback that is meant for it."""
+        if isinstance(output, OutputMessage):
+            handler = self.on_stderr if output.error else self.on_stdout
+            return handler(output) if handler else None
+        if isinstance(output, Result):
+            return self.on_result(output) if self.on_result else None
+        if isinstance(output, ExecutionError):
+            return self.on_error(output) if self.on_error else None
+        return self.on_input(output) if self.on_input else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Removed(Event):
+    """The folders of a sandbox are gone, or could not be removed."""
+
+    error: Exception | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared(Event):
+    error: Exception | None
+
+
+class _Held:
+    """A context and its kernel."""
+
+    def __init__(self, context: Context, kernel: Kernel) -> None:
+        self.context = context
+        self.kernel = kernel
+
+
+class Core:
+    """One sandbox without a front: its state, and its operations.
+
+    It belongs to the process that made it.
+    """
+
+    def __init__(
+        self, variant: Variant, config: SandboxConfig, name: str | None, tags: Mapping[str, str]
+    ) -> None:
+        self.id = f"{variant.name}:{secrets.token_hex(8)}"
+        self.name = name
+        self.tags = dict(tags)
+        self.config = config
+        self.variant = variant
+        self.status = SandboxStatus.CREATED
+        self.created_at: float | None = None
+        self.end_at: float | None = None
+        self._why_ended = ""
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._contexts: dict[str, _Held] = {}
+        self._lifetime: Timer | None = None
+
+    # Start and end.
+
+    def start(self) -> Operation[None]:
+        """Make what the sandbox needs, and start its first kernel; after a failure nothing is left."""
+        self._check_process()
+        with self._lock:
+            if self.status is not SandboxStatus.CREATED:
+                raise SandboxNotStartedError(f"{self.id} cannot be started: it is {self.status}")
+            self.status = SandboxStatus.RUNNING
+        _live.add(self)
+        try:
+            yield from self._prepare()
+            yield from self._started(self._default_context(None))
+        except BaseException:
+            yield from self.terminate(orderly=False, why="its start failed")
+            raise
+        self.created_at = time.time()
+        self._limit_lifetime()
+
+    def _prepare(self) -> Operation[None]:
+        inbox = Inbox()
+        the_loop().run_blocking(self.variant.prepare, lambda _, error: inbox.put(_Prepared(error)))
+        event = yield from _next_event(inbox)
+        if isinstance(event, _Prepared) and event.error is not None:
+            raise event.error
+
+    def _limit_lifetime(self) -> None:
+        seconds = self.config.max_lifetime
+        if not seconds:
+            return
+        self.end_at = (self.created_at or time.time()) + seconds
+        loop, reference = the_loop(), weakref.ref(self)
+
+        def expire() -> None:
+            core = reference()
+            if core is not None:
+                why = f"it reached its max_lifetime of {seconds:g} s"
+                _drive_in_loop(loop, core.terminate(orderly=True, why=why))
+
+        def arm() -> None:
+            self._lifetime = loop.call_later(seconds, expire)
+
+        loop.call_soon(arm)
+
+    def terminate(self, *, orderly: bool, why: str = "it was terminated") -> Operation[bool]:
+        """End every kernel and remove everything; returns whether it was running."""
+        self._check_process()
+        with self._lock:
+            was_running = self.status is SandboxStatus.RUNNING
+            self.status, self._why_ended = SandboxStatus.STOPPED, self._why_ended or why
+            contexts, self._contexts = list(self._contexts.values()), {}
+        if not was_running:
+            return False
+        yield from _close(contexts, f"the sandbox ended: {why}", orderly=orderly)
+        if self._lifetime is not None:
+            self._lifetime.cancel()
+        removed = Inbox()
+        the_loop().run_blocking(self.variant.remove, lambda _, error: removed.put(_Removed(error)))
+        event = yield from _next_event(removed)
+        _live.discard(self)
+        if isinstance(event, _Removed) and event.error is not None:
+            raise SandboxConnectionError(f"{self.id} has ended, but not all could be removed: {event.error}")
+        return True
+
+    def check_running(self) -> None:
+        """
+        Raises:
+            SandboxNotStartedError: it was not started yet, or has ended.
+            SandboxConnectionError: it belongs to another process.
+        """
+        self._check_process()
+        if self.status is SandboxStatus.CREATED:
+            raise SandboxNotStartedError(f"{self.id} was not started: call start(), or use it with 'with'")
+        if self.status is SandboxStatus.STOPPED:
+            raise SandboxNotStartedError(f"{self.id} is terminated: {self._why_ended}")
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise SandboxConnectionError(
+                f"{self.id} belongs to process {self._pid}, and this is its fork {os.getpid()};"
+                f" reach it with Sandbox.from_id({self.id!r})"
+            )
+
+    # Running code.
+
+    def run_code(
+        self,
+        code: str,
+        *,
+        language: str | None,
+        context: Context | str | None,
+        timeout: float | None,
+        listen: bool,
+        allow_stdin: bool,
+    ) -> Operation[ExecutionResult]:
+        """Run *code*; yields what it produces as it comes, if somebody listens."""
+        self.check_running()
+        if not isinstance(code, str):
+            raise TypeError(f"code must be a str, not {type(code).__name__}")
+        seconds = self.config.timeout if timeout is None else check_seconds("timeout", timeout)
+        held = self._resolve(context, language)
+        if held.context.id in running_inside.get():
+            raise RuntimeError(
+                f"run_code() on the context {held.context.name!r} from inside a callback of its own run"
+                " would wait for itself; use another context"
+            )
+        execution = Execution(
+            code,
+            allow_stdin=allow_stdin,
+            context_id=held.context.id,
+            displays=held.kernel.displays,
+            max_output=self.variant.max_output,
+            now=time.monotonic(),
+            started_at=time.time(),
+        )
+        inbox = Inbox(self.variant.max_output)
+        run = Run(execution.content, seconds or None, inbox)
+        held.kernel.execute(run)
+        return (yield from _follow(held, run, execution, inbox, listen=listen))
+
+    def interrupt(self, context: Context | str | None = None) -> bool:
+        """Interrupt what runs, in one context or in all; False if nothing did."""
+        self.check_running()
+        held = list(self._contexts.values()) if context is None else [self._find(context)]
+        return sum(each.kernel.interrupt() for each in held) > 0
+
+    @property
+    def is_executing(self) -> bool:
+        return any(held.kernel.is_executing for held in list(self._contexts.values()))
+
+    @property
+    def background_output(self) -> Logs:
+        logs = [held.kernel.background_output for held in list(self._contexts.values())]
+        return Logs(_in_order(log.stdout for log in logs), _in_order(log.stderr for log in logs))
+
+    # Contexts.
+
+    def create_context(
+        self, name: str | None, *, language: str | None, cwd: str | None, env: Mapping[str, str] | None
+    ) -> Operation[Context]:
+        self.check_running()
+        held = self._new_context(name, language, cwd, env or {})
+        try:
+            yield from self._started(held)
+        except BaseException:
+            yield from self._delete(held)
+            raise
+        return held.context
+
+    def list_contexts(self) -> list[Context]:
+        self.check_running()
+        return [held.context for held in list(self._contexts.values())]
+
+    def restart_context(self, context: Context | str) -> Operation[None]:
+        self.check_running()
+        held = self._find(context)
+        inbox = Inbox()
+        held.kernel.restart(inbox)
+        yield from _until_ready(inbox)
+
+    def delete_context(self, context: Context | str) -> Operation[None]:
+        self.check_running()
+        yield from self._delete(self._find(context))
+
+    def restart(self) -> Operation[None]:
+        self.check_running()
+        for held in list(self._contexts.values()):
+            yield from self.restart_context(held.context)
+
+    def _delete(self, held: _Held) -> Operation[None]:
+        with self._lock:
+            self._contexts.pop(held.context.id, None)
+        yield from _close([held], f"the context {held.context.name!r} was deleted", orderly=True)
+
+    def _resolve(self, context: Context | str | None, language: str | None) -> _Held:
+        if context is None:
+            return self._default_context(language)
+        if language is not None:
+            raise ValueError("give either context= or language=: a context has a language of its own")
+        return self._find(context)
+
+    def _find(self, context: Context | str) -> _Held:
+        wanted = context.id if isinstance(context, Context) else context
+        if not isinstance(wanted, str):
+            raise TypeError(f"a context is a Context, its id or its name, not {type(context).__name__}")
+        for held in list(self._contexts.values()):
+            if wanted in (held.context.id, held.context.name):
+                return held
+        raise ContextNotFoundError(wanted, [held.context.name for held in self._contexts.values()])
+
+    def _default_context(self, language: str | None) -> _Held:
+        """The context of runs that name none: one for each language, made when it is first asked for."""
+        kernel_name = self.variant.kernel_name(language)
+        is_default = kernel_name == self.variant.kernel_name(None)
+        context_id = "default" if is_default else f"default-{kernel_name}"
+        with self._lock:
+            held = self._contexts.get(context_id)
+            if held is None:
+                held = self._add(context_id, context_id, kernel_name, None, {})
+        return held
+
+    def _new_context(
+        self, name: str | None, language: str | None, cwd: str | None, env: Mapping[str, str]
+    ) -> _Held:
+        kernel_name = self.variant.kernel_name(language)
+        context_id = secrets.token_hex(4)
+        with self._lock:
+            name = context_id if name is None else name
+            if any(name in (held.context.name, held.context.id) for held in self._contexts.values()):
+                raise ValueError(f"there is a context {name!r} already")
+            return self._add(context_id, name, kernel_name, cwd, env)
+
+    def _add(
+        self, context_id: str, name: str, kernel_name: str, cwd: str | None, env: Mapping[str, str]
+    ) -> _Held:
+        if self.status is not SandboxStatus.RUNNING:
+            raise SandboxNotStartedError(f"{self.id} is terminated: {self._why_ended}")
+        limits = Limits(grace=self.config.interrupt_grace, start=self.config.start_timeout)
+        launch = self.variant.launcher(kernel_name, cwd, env)
+        kernel = Kernel(the_loop(), launch, f"the kernel {kernel_name!r}", limits)
+        context = Context(context_id, name, self.variant.language_of(kernel_name), cwd)
+        held = self._contexts[context_id] = _Held(context, kernel)
+        return held
+
+    def _started(self, held: _Held) -> Operation[None]:
+        inbox = Inbox()
+        held.kernel.start(inbox)
+        yield from _until_ready(inbox)
+
+
+def _follow(
+    held: _Held, run: Run, execution: Execution, inbox: Inbox, *, listen: bool
+) -> Operation[ExecutionResult]:
+    """Take the events of *run* until it is done; whatever is raised meanwhile is raised at the end."""
+    failure: BaseException | None = None
+    try:
+        while not execution.done:
+            try:
+                outputs = yield from _next_outputs(execution, inbox)
+                if failure is None:
+                    yield from _tell(held, run, execution, outputs, listen=listen)
+            except BaseException as error:
+                if failure is not None:
+                    raise
+                failure = error
+                if not isinstance(error, _CallbackError):
+                    held.kernel.cancel(run)
+            if failure is not None and execution.input_asked is not None:
+                held.kernel.cancel(run)  # nobody will answer any more
+    except BaseException:
+        held.kernel.cancel(run)
+        raise
+    if isinstance(failure, _CallbackError):
+        raise failure.error
+    if failure is not None and not isinstance(failure, LeftEarly):
+        raise failure
+    return execution.result()
+
+
+class _CallbackError(Exception):
+    """A callback raised: the run goes on to its end without any, and then *error* is raised."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _next_outputs(execution: Execution, inbox: Inbox) -> Operation[list[Output]]:
+    event = inbox.take()
+    if event is not None:
+        return execution.feed(event, time.monotonic())
+    yield Wait(inbox, execution.next_deadline())
+    return execution.tick(time.monotonic())
+
+
+def _tell(
+    held: _Held, run: Run, execution: Execution, outputs: list[Output], *, listen: bool
+) -> Operation[None]:
+    for output in outputs:
+        if isinstance(output, InputRequest):
+            answer = yield Ask(output, held.context.id)
+            if not isinstance(answer, str):
+                raise TypeError(f"on_input must return a str, not {type(answer).__name__}")
+            asked, execution.input_asked = execution.input_asked, None
+            if asked is not None:
+                held.kernel.answer(run, asked, answer)
+        elif listen:
+            try:
+                yield Emit(output, held.context.id)
+            except Exception as error:
+                raise _CallbackError(error) from None
+
+
+def _next_event(inbox: Inbox) -> Operation[Event]:
+    while True:
+        event = inbox.take()
+        if event is not None:
+            return event
+        yield Wait(inbox)
+
+
+def _until_ready(inbox: Inbox) -> Operation[None]:
+    event = yield from _next_event(inbox)
+    if isinstance(event, StartFailed):
+        raise event.error
+    assert isinstance(event, Ready)
+
+
+def _close(contexts: Iterable[_Held], sentence: str, *, orderly: bool) -> Operation[None]:
+    inboxes = []
+    for held in contexts:
+        inbox = Inbox()
+        held.kernel.close(inbox, sentence, orderly=orderly)
+        inboxes.append(inbox)
+    for inbox in inboxes:
+        event = yield from _next_event(inbox)
+        assert isinstance(event, Ended)
+
+
+def _in_order(streams: Iterable[Iterable[OutputMessage]]) -> list[OutputMessage]:
+    return sorted((message for stream in streams for message in stream), key=lambda m: m.timestamp)
+
+
+def _drive_in_loop(loop: Loop, operation: Operation[object]) -> None:
+    """Drive an operation that only waits, from the I/O thread itself, for nobody."""
+
+    def advance() -> None:
+        for step in operation:
+            if isinstance(step, Wait):
+                step.inbox.notify(lambda: loop.call_soon(advance))
+                return
+
+    loop.call_soon(advance)
+
+
+_live: set[Core] = set()
+
+
+def live_cores() -> list[Core]:
+    """The sandboxes of this process that have not ended."""
+    return list(_live)
+
+
+def _after_fork_in_child() -> None:
+    _live.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

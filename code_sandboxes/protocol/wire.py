@@ -1,0 +1,111 @@
+"""Messages to ZeroMQ frames and back, signed.
+
+Source: the Jupyter messaging documentation, section "The Wire Protocol". What comes in is believed only
+when its HMAC-SHA256 fits and was not seen before; then it still may be anything, so every field is checked
+where its shape is named.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Sequence
+from hashlib import sha256
+
+from code_sandboxes.protocol.messages import Channel, Message
+
+__all__ = ["ForgedMessageError", "MalformedMessageError", "ReplayedMessageError", "WireCodec", "WireError"]
+
+_DELIMITER = b"<IDS|MSG>"
+
+# As many digests as jupyter_client remembers; two generations of half as many make forgetting cheap.
+_REMEMBERED = 65536
+
+
+class WireError(ValueError):
+    """Frames that are no message to be believed."""
+
+
+class MalformedMessageError(WireError):
+    """They do not have the form of a message."""
+
+
+class ForgedMessageError(WireError):
+    """Their signature does not fit."""
+
+
+class ReplayedMessageError(WireError):
+    """Their signature was seen before: somebody sent a recorded message again."""
+
+
+class WireCodec:
+    """Encodes and decodes the messages of one connection.
+
+    Args:
+        key: of the connection file; empty turns signing off, as Jupyter defines it.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._signed = bool(key)
+        self._hmac = hmac.new(key or b"-", digestmod=sha256)
+        self._recent: set[bytes] = set()
+        self._older: set[bytes] = set()
+
+    def encode(self, message: Message) -> list[bytes | memoryview]:
+        parts = [
+            _dump(part) for part in (message.header, message.parent_header, message.metadata, message.content)
+        ]
+        return [_DELIMITER, self._sign(parts), *parts, *message.buffers]
+
+    def decode(self, frames: Sequence[bytes], channel: Channel) -> Message:
+        """The message that *frames* are.
+
+        Raises:
+            WireError: they are malformed, forged or replayed; nothing else is raised for any input.
+        """
+        try:
+            start = frames.index(_DELIMITER)
+        except ValueError:
+            raise MalformedMessageError("no delimiter <IDS|MSG>") from None
+        signature, *parts = frames[start + 1 : start + 6]
+        if len(parts) < 4:
+            raise MalformedMessageError(f"{len(parts)} parts instead of 4")
+        self._verify(signature, parts)
+        header, parent_header, metadata, content = (_load(part) for part in parts)
+        return Message(channel, header, parent_header, metadata, content, frames[start + 6 :])
+
+    def _sign(self, parts: Sequence[bytes]) -> bytes:
+        if not self._signed:
+            return b""
+        digest = self._hmac.copy()
+        for part in parts:
+            digest.update(part)
+        return digest.hexdigest().encode()
+
+    def _verify(self, signature: bytes, parts: Sequence[bytes]) -> None:
+        if not self._signed:
+            return
+        if not hmac.compare_digest(self._sign(parts), signature):
+            raise ForgedMessageError("the signature does not fit")
+        seen = signature[:16]  # 64 of the 256 bits tell 65,536 messages apart
+        if seen in self._recent or seen in self._older:
+            raise ReplayedMessageError("the signature was seen before")
+        self._recent.add(seen)
+        if len(self._recent) >= _REMEMBERED // 2:
+            self._older, self._recent = self._recent, set()
+
+
+def _dump(part: object) -> bytes:
+    # A lone surrogate has no UTF-8: it becomes "?" here as it does in what a kernel prints.
+    return json.dumps(part, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
+
+
+def _load(part: bytes) -> dict[str, object]:
+    # Python's encoder lets through what is no UTF-8 ("surrogateescape"); such bytes become U+FFFD.
+    try:
+        value = json.loads(part.decode("utf-8", "replace"))
+    except (ValueError, RecursionError) as error:
+        raise MalformedMessageError(f"a part is not JSON: {type(error).__name__}") from None
+    if not isinstance(value, dict):
+        raise MalformedMessageError("a part is not an object")
+    return value

@@ -1,0 +1,141 @@
+"""End the kernels of a program that was killed, and remove their folders.
+
+A program that ends in any orderly way does this itself. One that is killed with SIGKILL cannot: a second,
+small process watches it, told beforehand what to end. Both sides of their conversation are in this file:
+:class:`Reaper` in the program, :func:`main` in the process that watches. The latter runs this file as a
+script, isolated from any installation, so nothing but the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+__all__ = ["Reaper"]
+
+# How long to try to remove a folder in which something is still being written.
+_PERSISTENCE = 3.0
+
+
+class Reaper:
+    """The program's side: say what must not outlive it. To be used from one thread.
+
+    The watching process is started when there is first something to say, and again if it was ended.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folders: set[str] = set()
+        self._groups: set[int] = set()
+
+    def guard_folder(self, folder: str) -> None:
+        self._folders.add(folder)
+        self._tell()
+
+    def guard_group(self, process_group: int) -> None:
+        self._groups.add(process_group)
+        self._tell()
+
+    def release_folder(self, folder: str) -> None:
+        self._folders.discard(folder)
+        self._tell()
+
+    def release_group(self, process_group: int) -> None:
+        self._groups.discard(process_group)
+        self._tell()
+
+    def close(self) -> None:
+        """The program ends in an orderly way; what is still guarded is ended now."""
+        process, self._process = self._process, None
+        if process is None or process.stdin is None:
+            return
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(timeout=_PERSISTENCE)
+        except subprocess.TimeoutExpired:  # it goes on by itself; the program need not wait for it
+            return
+
+    def _tell(self) -> None:
+        # Everything in one line each time: a new process then knows as much as the old one did.
+        line = json.dumps({"folders": sorted(self._folders), "groups": sorted(self._groups)}).encode() + b"\n"
+        if self._process is None and not (self._folders or self._groups):
+            return
+        for _ in range(2):
+            if self._process is None or self._process.poll() is not None:
+                self._process = _start()
+            assert self._process.stdin is not None
+            try:
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+                return
+            except BrokenPipeError:
+                self._process.wait()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env={},
+        start_new_session=True,  # Ctrl-C in a terminal must not end it before the program
+    )
+
+
+def main(program: int) -> None:
+    """Watch *program* until it ends, then end what it left."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    line = _last_line(program)
+    if line:
+        left = json.loads(line)
+        _end(left["groups"], left["folders"])
+
+
+def _last_line(program: int) -> bytes:
+    """The last whole line that *program* wrote before it ended or closed the pipe."""
+    os.set_blocking(0, False)
+    watched = [0]
+    # A child forked from the program would hold the pipe open: its end is not the program's end.
+    if hasattr(os, "pidfd_open"):
+        with contextlib.suppress(OSError):
+            watched.append(os.pidfd_open(program))
+    data = b""
+    alive = True
+    while alive:
+        readable, _, _ = select.select(watched, [], [], 0.5)
+        alive = os.getppid() == program and not any(fd in readable for fd in watched[1:])
+        try:
+            while chunk := os.read(0, 65536):
+                data += chunk
+                # The last whole line, and what may follow it.
+                data = data[data.rfind(b"\n", 0, data.rfind(b"\n")) + 1 :]
+            alive = False
+        except BlockingIOError:
+            continue
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _end(groups: list[int], folders: list[str]) -> None:
+    for group in groups:
+        with contextlib.suppress(OSError):
+            os.killpg(group, signal.SIGKILL)
+    give_up = time.monotonic() + _PERSISTENCE
+    while any(map(os.path.exists, folders)) and time.monotonic() < give_up:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Move messages between this program and its kernels; never interpret them."""

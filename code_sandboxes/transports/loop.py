@@ -1,0 +1,189 @@
+"""The I/O thread: one for the process, however many kernels it talks to.
+
+It waits for every socket and process, keeps every deadline, and calls back when one is due. It runs nothing
+of the user's, so that nobody's slow callback delays a time-out, loses output (iopub has no back-pressure)
+or keeps another sandbox waiting. Beside it there is one thread for what blocks: starting processes,
+removing folders. It lives as long as the program, because Linux ties what a child is told about its
+parent's end to the *thread* that started it (prctl(2), PR_SET_PDEATHSIG).
+
+After ``os.fork()`` the child has neither thread and owns nothing: :func:`the_loop` gives it a new one.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import os
+import queue
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+__all__ = ["Loop", "Timer", "the_loop"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+Callback = Callable[[], None]
+
+
+class Timer:
+    """A call that is due at *when* (monotonic seconds), unless it is cancelled before."""
+
+    __slots__ = ("callback", "when")
+
+    def __init__(self, when: float, callback: Callback) -> None:
+        self.when = when
+        self.callback: Callback | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class Loop:
+    """Calls back, in one thread of its own, when something can be read or a time has come.
+
+    :meth:`call_soon` and :meth:`run_blocking` may be called from any thread, the rest only from callbacks.
+    """
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._calls: deque[Callback] = deque()
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._order = itertools.count()
+        self._unfinished: set[Callback] = set()
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._woken.setblocking(False)
+        self._awake = False
+        self._selector.register(self._woken, selectors.EVENT_READ, self._drain_waker)
+        self._blocking: queue.SimpleQueue[Callback] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="code_sandboxes-io", daemon=True)
+        self._thread.start()
+        self._worker = threading.Thread(target=self._work, name="code_sandboxes-worker", daemon=True)
+        self._worker.start()
+
+    def call_soon(self, callback: Callback) -> None:
+        """Call *callback* in the I/O thread, after what was asked for before."""
+        self._calls.append(callback)
+        if not self._awake:
+            self._awake = True
+            try:
+                self._waker.send(b"\0")
+            except BlockingIOError:  # so many wake-ups are waiting that it will wake anyway
+                return
+
+    def run_blocking(
+        self, function: Callable[[], _T], then: Callable[[_T | None, Exception | None], None]
+    ) -> None:
+        """Run *function* in the worker thread, then *then(value, error)* in the I/O thread."""
+
+        def work() -> None:
+            value: _T | None = None
+            failure: Exception | None = None
+            try:
+                value = function()
+            except Exception as error:  # whatever it is belongs to the one who asked
+                failure = error
+            self.call_soon(lambda: then(value, failure))
+
+        self._blocking.put(work)
+
+    def call_at(self, when: float, callback: Callback) -> Timer:
+        timer = Timer(when, callback)
+        heapq.heappush(self._timers, (when, next(self._order), timer))
+        return timer
+
+    def call_later(self, delay: float, callback: Callback) -> Timer:
+        return self.call_at(time.monotonic() + delay, callback)
+
+    def add_reader(self, fd: int, callback: Callback) -> None:
+        """Call *callback* whenever *fd* can be read, until :meth:`remove_reader`."""
+        self._selector.register(fd, selectors.EVENT_READ, callback)
+
+    def remove_reader(self, fd: int) -> None:
+        self._selector.unregister(fd)
+
+    def call_again(self, callback: Callback) -> None:
+        """Call *callback* in the next round too: it stopped early to let others have their turn."""
+        self._unfinished.add(callback)
+
+    def forget(self, callback: Callback) -> None:
+        """Take back :meth:`call_again`."""
+        self._unfinished.discard(callback)
+
+    def _run(self) -> None:
+        while True:
+            ready = self._selector.select(self._patience())
+            unfinished, self._unfinished = self._unfinished, set()
+            for key, _ in ready:
+                self._call(key.data)
+                unfinished.discard(key.data)
+            for callback in unfinished:
+                self._call(callback)
+            self._run_timers()
+            self._run_calls()
+
+    def _patience(self) -> float | None:
+        if self._unfinished or self._calls:
+            return 0
+        while self._timers and self._timers[0][2].callback is None:
+            heapq.heappop(self._timers)
+        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            callback = heapq.heappop(self._timers)[2].callback
+            if callback is not None:
+                self._call(callback)
+
+    def _run_calls(self) -> None:
+        for _ in range(len(self._calls)):
+            self._call(self._calls.popleft())
+
+    def _drain_waker(self) -> None:
+        # In this order: a call that is appended after the flag is down wakes us again.
+        self._woken.recv(4096)
+        self._awake = False
+
+    def _call(self, callback: Callback) -> None:
+        try:
+            callback()
+        except Exception:  # one kernel's bug must not end the thread that all of them need
+            _log.exception("a callback of the I/O thread failed")
+
+    def _work(self) -> None:
+        while True:
+            self._blocking.get()()
+
+
+_loop: Loop | None = None
+_creating = threading.Lock()
+_left_to_parent: list[object] = []
+
+
+def the_loop() -> Loop:
+    """The loop of this process, started on first need."""
+    global _loop
+    with _creating:
+        if _loop is None:
+            _loop = Loop()
+        return _loop
+
+
+def _after_fork_in_child() -> None:
+    # The child must not touch what it inherited: closing or even collecting it could reach into the
+    # parent's epoll set. It is kept, unused, for as long as the child lives.
+    global _loop, _creating
+    _left_to_parent.append(_loop)
+    _loop, _creating = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
