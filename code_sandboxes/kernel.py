@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from enum import Enum
@@ -34,6 +34,7 @@ from code_sandboxes.protocol.events import (
     OutputDropped,
     Replied,
     Started,
+    Streamed,
     Terminated,
     TimedOut,
     Welcomed,
@@ -109,6 +110,12 @@ class KernelProcess(Protocol):
 
     def output(self) -> str:
         """The latest of what it wrote to its standard error."""
+
+    def written(self) -> list[int]:
+        """How many bytes it has printed to standard output and error; zeros where nobody counts."""
+
+    def unpublished(self, published: Sequence[int]) -> list[Streamed]:
+        """What it printed beyond the *published* bytes of standard output and error, as far as is known."""
 
     def interrupt(self) -> None: ...
 
@@ -329,6 +336,9 @@ class Kernel:
         if self._state is not _State.STARTING or self.info is None or not self._heard_iopub:
             return
         self._state = _State.READY
+        assert self._process is not None
+        # What was printed before there was a subscription is nobody's.
+        self._router.published = self._process.written()
         _cancel(self._start_timer)
         for inbox in self._take_waiting_for_start():
             inbox.put(Ready())
@@ -552,6 +562,8 @@ class Kernel:
     def _bury(self) -> None:
         process, self._process = self._process, None
         assert process is not None
+        if self._state is _State.READY:
+            self._recover_output(process)
         self._close_transport()
         self._releasing += 1
         self._loop.run_blocking(process.release, lambda _, error: self._released(error))
@@ -565,6 +577,13 @@ class Kernel:
             self._fail_to_start(self._error_of_start(process))
         else:
             self._died(process)
+
+    def _recover_output(self, process: KernelProcess) -> None:
+        for event in process.unpublished(self._router.published):
+            if self._current is not None:
+                self._current.inbox.put(event, wake=False)
+            else:
+                self._of_the_kernel(event)
 
     def _died(self, process: KernelProcess) -> None:
         code = process.exit_code()

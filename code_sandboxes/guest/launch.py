@@ -1,4 +1,4 @@
-"""Start ipykernel without what a sandbox does not need, and with output that is not late.
+"""Start ipykernel without what a sandbox does not need, and with output that is neither late nor lost.
 
 Run as a script, in place of ``-m ipykernel_launcher``, by whatever Python the kernelspec names. Each change
 is guarded: on an ipykernel that does not have what it changes, that version's own behaviour stays.
@@ -7,8 +7,11 @@ is guarded: on an ipykernel that does not have what it changes, that version's o
 from __future__ import annotations
 
 import gc
+import importlib.util
+import os
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, cast
 
@@ -33,14 +36,15 @@ def import_kernelapp() -> ModuleType:
     return kernelapp
 
 
-def publish_sooner() -> None:
-    """Make a print arrive within milliseconds, and the end of a cell without empty flushes."""
+def publish_sooner(connection_file: str) -> None:
+    """Make a print arrive within milliseconds, the end of a cell without empty flushes, and lose nothing."""
     from ipykernel.iostream import OutStream
 
     if hasattr(OutStream, "flush_interval"):
         OutStream.flush_interval = FLUSH_INTERVAL
-    if all(hasattr(OutStream, name) for name in ("flush", "_flush", "_flush_buffers", "_schedule_flush")):
+    if all(hasattr(OutStream, name) for name in ("flush", "_flush", "write", "_schedule_flush")):
         skip_empty_flushes(OutStream)
+        write_faster(OutStream, journal_beside(connection_file))
 
 
 def skip_empty_flushes(out_stream: Any) -> None:
@@ -66,6 +70,56 @@ def skip_empty_flushes(out_stream: Any) -> None:
     out_stream.flush, out_stream._flush = flush_if_needed, counted_send
 
 
+def write_faster(out_stream: Any, record: Callable[[int, str], None] | None) -> None:
+    """Replace ``OutStream.write()`` by one that also records, and is no slower for it.
+
+    The original hashes the header of the running request at every call, to find the buffer for it; here the
+    buffer is found again as long as neither the header nor the set of buffers is another object.
+    """
+
+    def write(self: Any, string: str) -> int | None:
+        if not isinstance(string, str):
+            raise TypeError(f"write() argument must be str, not {type(string)}")
+        in_child = os.getpid() != self._master_pid
+        if in_child or self.echo is not None or self.pub_thread is None:
+            written: int | None = original(self, string)  # a forked child writes through its parent
+            return written
+        parent = self.parent_header
+        with self._buffer_lock:
+            if self.__dict__.get("_for") != (id(parent), id(self._buffers)):
+                self._buffer = self._buffers[frozenset(parent.items())]
+                # Both are kept alive with it, so that no other object can have their id.
+                self._for, self._kept = (id(parent), id(self._buffers)), (parent, self._buffers)
+            self._buffer.write(string)
+            if record is not None:
+                record(self.name == "stderr", string)
+        self._schedule_flush()
+        return len(string)
+
+    original = out_stream.write
+    out_stream.write = write
+
+
+def journal_beside(connection_file: str) -> Callable[[int, str], None] | None:
+    """Records in the file ``journal`` beside *connection_file*, if the host has made one."""
+    path = os.path.join(os.path.dirname(connection_file), "journal")
+    if not os.path.exists(path):
+        return None
+    record: Callable[[int, str], None] = load_sibling("journal").Journal(path).record
+    return record
+
+
+def load_sibling(name: str) -> Any:
+    """A module beside this file, under a name that no import of the user's can mean."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py")
+    spec = importlib.util.spec_from_file_location("_code_sandboxes_" + name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def main() -> None:
     """Start the kernel; returns when it ends."""
     # The folder of this script is no place for the user's imports to find anything.
@@ -73,7 +127,7 @@ def main() -> None:
     # sys.exit() is an outcome here, told as such; IPython's advice on how to leave a terminal is noise.
     warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning)
     kernelapp = import_kernelapp()
-    publish_sooner()
+    publish_sooner(sys.argv[sys.argv.index("-f") + 1] if "-f" in sys.argv[:-1] else "")
     kernelapp.launch_new_instance()
 
 

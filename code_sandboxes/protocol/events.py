@@ -40,6 +40,8 @@ __all__ = [
     "Updated",
     "Welcomed",
     "event_of",
+    "failure",
+    "utf8_size",
 ]
 
 
@@ -375,3 +377,8 @@ def _display_id(message: Message) -> str | None:
 def _utf8(text: str) -> str:
     """*text* as it can be written to any file: a lone surrogate has no UTF-8, and becomes ``?``."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def utf8_size(text: str) -> int:
+    """How many bytes *text* is."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))

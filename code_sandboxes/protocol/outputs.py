@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from code_sandboxes.protocol.events import Cleared, Displayed, Event, Streamed, Updated
+from code_sandboxes.protocol.events import Cleared, Displayed, Event, Streamed, Updated, utf8_size
 from code_sandboxes.results import Logs, OutputMessage, Result, ResultList
 
 __all__ = ["HOLD", "Displays", "LineSplitter", "LiveResults", "Outputs"]
@@ -209,7 +209,7 @@ class Outputs:
 
     def add_line(self, line: str, timestamp: float, *, error: bool) -> OutputMessage:
         message = OutputMessage(line, "\n", timestamp, error)
-        self._keep_messages([message], _size(line))
+        self._keep_messages([message], utf8_size(line))
         return message
 
     def logs(self) -> Logs:
@@ -221,7 +221,7 @@ class Outputs:
         self._clear_if_waiting()
         splitter = self._stderr if event.error else self._stdout
         messages = splitter.feed(event.text, now, timestamp)
-        self._keep_messages(messages, _size(event.text))
+        self._keep_messages(messages, utf8_size(event.text))
         return messages
 
     def _displayed(self, event: Displayed) -> Result:
@@ -252,7 +252,7 @@ class Outputs:
             self._head_size += arrived
             return
         for message in messages:
-            self._keep(message, _size(message.line) + len(message.end))
+            self._keep(message, utf8_size(message.line) + len(message.end))
 
     def _keep(self, entry: OutputMessage | int, size: int) -> None:
         if not self._tail and self._head_size + size <= self._limit // 2:
@@ -263,7 +263,7 @@ class Outputs:
         room = self._limit - self._head_size
         if isinstance(entry, OutputMessage) and size > room:
             entry = OutputMessage(entry.line[-room:] if room else "", entry.end, entry.timestamp, entry.error)
-            size = min(_size(entry.line), room)
+            size = min(utf8_size(entry.line), room)
             self.truncated = True
         self._tail.append((entry, size))
         self._tail_size += size
@@ -278,17 +278,13 @@ class Outputs:
             self.results.discard(entry)
 
 
-def _size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-
-
 def _size_of_bundle(data: Mapping[str, object]) -> int:
     return sum(_size_of_value(value) for value in data.values())
 
 
 def _size_of_value(value: object) -> int:
     if isinstance(value, str):
-        return _size(value)
+        return utf8_size(value)
     if isinstance(value, Mapping):
         return sum(len(str(key)) + _size_of_value(item) for key, item in value.items())
     if isinstance(value, Sequence):

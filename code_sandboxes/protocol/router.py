@@ -30,6 +30,7 @@ from code_sandboxes.protocol.events import (
     Updated,
     Welcomed,
     event_of,
+    utf8_size,
 )
 from code_sandboxes.protocol.messages import Message, Session
 
@@ -58,10 +59,16 @@ class _Pending:
 
 
 class Router:
-    """Knows which requests of *session* are under way, and whose each message is."""
+    """Knows which requests of *session* are under way, and whose each message is.
+
+    Attributes:
+        dropped: how many messages made no sense, by why.
+        published: bytes of standard output and of standard error that the kernel has published.
+    """
 
     def __init__(self, session: Session) -> None:
         self.dropped: Counter[str] = Counter()
+        self.published = [0, 0]
         self._session = session
         self._pending: dict[str, _Pending] = {}
         self._comms: set[str] = set()
@@ -88,6 +95,8 @@ class Router:
             return
         if self._is_replaced(message):
             yield Routed(None, KernelReplaced())
+        if isinstance(event, Streamed):
+            self.published[event.error] += utf8_size(event.text)
         if event is not None:
             yield from self._route(message, event)
 

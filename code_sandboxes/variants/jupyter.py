@@ -21,7 +21,7 @@ import sys
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from code_sandboxes.config import SandboxConfig
 from code_sandboxes.errors import SandboxConfigurationError, SandboxIsolationWarning
+from code_sandboxes.guest import journal
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
+from code_sandboxes.protocol.events import Streamed
 from code_sandboxes.reaper import Reaper
 from code_sandboxes.transports.loop import Loop
 from code_sandboxes.transports.zmq import ConnectionInfo
@@ -174,14 +176,17 @@ class LocalJupyter(Variant):
         folder.mkdir(mode=0o700)
         try:
             connection = _write_connection_file(folder, spec.name)
+            identity = journal.create(str(folder / "journal"))
             command = _command(spec, folder / "connection.json")
             environment = {**_environment(home, command[0]), **self.config.env_vars, **env}
-            return _start(
-                spec, command, environment, cwd or self.config.working_dir or str(home), connection, folder
-            )
+            process, stderr = _start(spec, command, environment, cwd or self.config.working_dir or str(home))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        mode = spec.kernel_spec.interrupt_mode
+        return LocalProcess(
+            process, connection, "message" if mode == "message" else "signal", stderr, folder, identity
+        )
 
     def remove(self) -> None:
         if self._folder != Path():
@@ -199,12 +204,14 @@ class LocalProcess:
         interrupt_mode: Literal["signal", "message"],
         stderr: int,
         folder: Path,
+        journal_identity: tuple[int, int],
     ) -> None:
         self._process = process
         self._connection = connection
         self._interrupt_mode = interrupt_mode
         self._stderr = stderr
         self._folder = folder
+        self._journal = str(folder / "journal"), journal_identity
         self._said: deque[bytes] = deque()
         self._said_size = 0
         self._has_ended = False
@@ -271,6 +278,17 @@ class LocalProcess:
 
     def output(self) -> str:
         return b"".join(self._said)[-_KEPT_STDERR:].decode("utf-8", "replace")
+
+    def written(self) -> list[int]:
+        return journal.read_totals(*self._journal) or [0, 0]
+
+    def unpublished(self, published: Sequence[int]) -> list[Streamed]:
+        left = []
+        for stream, (total, latest) in enumerate(journal.read(*self._journal)):
+            missing = min(len(latest), total - published[stream])
+            if missing > 0:
+                left.append(Streamed(latest[-missing:].decode("utf-8", "replace"), error=stream == 1))
+        return left
 
     def interrupt(self) -> None:
         self._signal_group(signal.SIGINT)
@@ -369,13 +387,9 @@ def _write_connection_file(folder: Path, kernel_name: str) -> ConnectionInfo:
 
 
 def _start(
-    spec: _Spec,
-    command: list[str],
-    environment: dict[str, str],
-    cwd: str,
-    connection: ConnectionInfo,
-    folder: Path,
-) -> LocalProcess:
+    spec: _Spec, command: list[str], environment: dict[str, str], cwd: str
+) -> tuple[subprocess.Popen[bytes], int]:
+    """The process, and where its standard error can be read."""
     read, write = os.pipe()
     try:
         process = asyncio.run(_provision(spec, command, environment, cwd, write))
@@ -385,10 +399,7 @@ def _start(
     finally:
         os.close(write)
     _reaper().guard_group(process.pid)
-    mode: Literal["signal", "message"] = (
-        "message" if spec.kernel_spec.interrupt_mode == "message" else "signal"
-    )
-    return LocalProcess(process, connection, mode, read, folder)
+    return process, read
 
 
 async def _provision(

@@ -1,0 +1,93 @@
+"""The package of this tree."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.drivers.service import serve, timed
+from code_sandboxes import ExecutionResult, OutputMessage, Sandbox
+
+
+class Ours:
+    """One sandbox at a time."""
+
+    def __init__(self) -> None:
+        self._sandbox: Sandbox | None = None
+
+    def create(self) -> list[float]:
+        """Seconds from ``create()`` to its first result."""
+        began = time.perf_counter()
+        self._sandbox = Sandbox.create(variant="local-jupyter", isolation="none", timeout=0)
+        self._check(self._sandbox.run_code("1+1"))
+        return [time.perf_counter() - began]
+
+    def connection_file(self) -> str:
+        """Of the kernel, for another client of it."""
+        (found,) = Path(os.environ["CODE_SANDBOXES_RUNTIME_DIR"]).glob("*/*/connection.json")
+        return str(found)
+
+    def run(self, code: str, repetitions: int) -> list[float]:
+        """Seconds of each ``run_code()``."""
+        sandbox = self._running()
+        sandbox.run_code(code).raise_for_status()
+        return timed(lambda: sandbox.run_code(code), repetitions)
+
+    def latency(self, code: str) -> list[float]:
+        """Seconds from when each line says that it was printed to its callback."""
+        seconds: list[float] = []
+        self._running().run_code(
+            code, on_stdout=lambda message: seconds.append(time.time() - float(message.line))
+        ).raise_for_status()
+        return seconds
+
+    def output(self, code: str, size: int, listen: bool) -> list[float]:
+        """Seconds to get the *size* characters that *code* prints."""
+        heard = 0
+
+        def count(message: OutputMessage) -> None:
+            nonlocal heard
+            heard += len(message.line) + len(message.end)
+
+        on_stdout: Callable[[OutputMessage], object] | None = count if listen else None
+        began = time.perf_counter()
+        result = self._running().run_code(code, on_stdout=on_stdout).raise_for_status()
+        seconds = time.perf_counter() - began
+        kept = sum(len(message.line) + len(message.end) for message in result.logs.stdout)
+        if kept != size or result.truncated or (listen and heard != size):
+            raise RuntimeError(f"kept {kept} and heard {heard} of {size} characters")
+        return [seconds]
+
+    def end(self) -> list[float]:
+        """Seconds that ``terminate()`` takes."""
+        sandbox, self._sandbox = self._sandbox, None
+        began = time.perf_counter()
+        if sandbox is not None:
+            sandbox.terminate()
+        return [time.perf_counter() - began]
+
+    def _running(self) -> Sandbox:
+        assert self._sandbox is not None
+        return self._sandbox
+
+    @staticmethod
+    def _check(result: ExecutionResult) -> None:
+        if result.text != "2":
+            raise RuntimeError(f"1+1 gave {result!r}")
+
+
+if __name__ == "__main__":
+    ours = Ours()
+    serve(
+        {
+            "create": ours.create,
+            "connection_file": ours.connection_file,
+            "run": ours.run,
+            "latency": ours.latency,
+            "output": ours.output,
+            "end": ours.end,
+        },
+        ours.end,
+    )

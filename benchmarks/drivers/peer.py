@@ -1,0 +1,47 @@
+"""code-sandboxes 1.10.0 from PyPI, in its own environment: its local Jupyter variant, ``jupyter-server``.
+
+mypy reads it against the package of this tree; the few names it uses are in both.
+"""
+
+from __future__ import annotations
+
+import time
+
+from benchmarks.drivers.service import serve, timed
+from code_sandboxes import Sandbox
+
+
+class Peer:
+    """One sandbox at a time."""
+
+    def __init__(self) -> None:
+        self._sandbox: Sandbox | None = None
+
+    def create(self) -> list[float]:
+        """Seconds from ``create()`` to its first result."""
+        began = time.perf_counter()
+        self._sandbox = Sandbox.create(variant="jupyter-server")
+        self._sandbox.start()
+        text = self._sandbox.run_code("1+1").text
+        if str(text) != "2":
+            raise RuntimeError(f"1+1 gave {text!r}")
+        return [time.perf_counter() - began]
+
+    def run(self, code: str, repetitions: int) -> list[float]:
+        """Seconds of each ``run_code()``."""
+        assert self._sandbox is not None
+        sandbox = self._sandbox
+        return timed(lambda: sandbox.run_code(code), repetitions)
+
+    def end(self) -> list[float]:
+        """Seconds that ``stop()`` takes."""
+        sandbox, self._sandbox = self._sandbox, None
+        began = time.perf_counter()
+        if sandbox is not None:
+            sandbox.stop()
+        return [time.perf_counter() - began]
+
+
+if __name__ == "__main__":
+    peer = Peer()
+    serve({"create": peer.create, "run": peer.run, "end": peer.end}, peer.end)
