@@ -60,7 +60,7 @@ class Contestant:
             stderr=self._stderr,
             text=True,
             cwd=self._folder.name,
-            env={**os.environ, "TMPDIR": tempfile.gettempdir(), **(env or {})},
+            env={**os.environ, "CODE_SANDBOXES_RUNTIME_DIR": f"{self._folder.name}/r", **(env or {})},
         )
 
     def __enter__(self) -> Contestant:

@@ -206,7 +206,7 @@ class Kernel:
         self._heard_iopub = self._welcomed = False
         self._start_timer: Timer | None = None
         self._last_message = 0.0
-        self._restarting = False
+        self._restarting = self._dying = False
         self._releasing = 0
         self._death_unreported = False
         self._background = Outputs(self.displays, _BACKGROUND_LIMIT)
@@ -368,7 +368,7 @@ class Kernel:
         self._advance()
 
     def _advance(self) -> None:
-        if self._current is not None or not self._queue:
+        if self._current is not None or not self._queue or self._dying:
             return
         if self._state is _State.READY:
             self._begin(self._queue.popleft())
@@ -548,6 +548,7 @@ class Kernel:
 
     def _process_ended(self) -> None:
         now = time.monotonic()
+        self._dying = True  # what is sent from now on would reach nobody
         self._last_message = max(self._last_message, now)
         self._drain(now)
 
@@ -562,6 +563,7 @@ class Kernel:
     def _bury(self) -> None:
         process, self._process = self._process, None
         assert process is not None
+        self._dying = False
         if self._state is _State.READY:
             self._recover_output(process)
         self._close_transport()
@@ -581,6 +583,7 @@ class Kernel:
     def _recover_output(self, process: KernelProcess) -> None:
         for event in process.unpublished(self._router.published):
             if self._current is not None:
+                self._current.started = True
                 self._current.inbox.put(event, wake=False)
             else:
                 self._of_the_kernel(event)
@@ -590,7 +593,8 @@ class Kernel:
         if self._current is None:
             self._death_unreported = True
         else:
-            sentence = f"the kernel {_how_it_died(code)} while it ran the code"
+            when = "while it ran the code" if self._current.started else "before it told that it had begun with the code"
+            sentence = f"the kernel {_how_it_died(code)} {when}"
             self._finish(self._current, Died(sentence, code, process.output()))
         self._advance()
 

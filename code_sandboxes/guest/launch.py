@@ -6,6 +6,7 @@ is guarded: on an ipykernel that does not have what it changes, that version's o
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib.util
 import os
@@ -120,12 +121,21 @@ def load_sibling(name: str) -> Any:
     return module
 
 
+def report_crashes() -> None:
+    """Let a crash of the interpreter say where, on the standard error that the host reads.
+
+    ipykernel replaces that descriptor by a pipe to itself, in which the last words of the process are lost.
+    """
+    faulthandler.enable(os.dup(2))
+
+
 def main() -> None:
     """Start the kernel; returns when it ends."""
     # The folder of this script is no place for the user's imports to find anything.
     sys.path[:] = sys.path[1:]
     # sys.exit() is an outcome here, told as such; IPython's advice on how to leave a terminal is noise.
     warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning)
+    report_crashes()
     kernelapp = import_kernelapp()
     publish_sooner(sys.argv[sys.argv.index("-f") + 1] if "-f" in sys.argv[:-1] else "")
     kernelapp.launch_new_instance()

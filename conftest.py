@@ -1,0 +1,130 @@
+"""What every test shares: the sandbox on every variant, README.md's examples as tests, and a loud end.
+
+A test that asks for ``sandbox`` runs once for each variant that ``--variant`` names (all by default). One
+that cannot run on this machine is skipped with its reason, and all reasons are told again at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from code_sandboxes import Sandbox, SandboxVariant
+
+MakeSandbox = Callable[..., Sandbox]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--variant", action="append", choices=list(SandboxVariant), help="only this variant; may be repeated"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "variant" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--variant") or list(SandboxVariant)
+        metafunc.parametrize("variant", [str(v) for v in chosen], scope="session")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_folder() -> Iterator[Path]:
+    """A runtime folder for these tests alone; at the end it must be empty."""
+    folder = Path(tempfile.mkdtemp(prefix="cs"))
+    os.environ["CODE_SANDBOXES_RUNTIME_DIR"] = str(folder)
+    yield folder
+    left = sorted(path.name for path in folder.iterdir())
+    shutil.rmtree(folder)
+    assert left == [], "sandboxes left something behind"
+
+
+@pytest.fixture
+def make_sandbox(variant: str) -> Iterator[MakeSandbox]:
+    """Makes running sandboxes, which end with the test."""
+    made: list[Sandbox] = []
+
+    def make(**settings: object) -> Sandbox:
+        settings.setdefault("isolation", "none")
+        sandbox = Sandbox.create(variant, **settings)  # type: ignore[arg-type]  # whatever the test asks for
+        made.append(sandbox)
+        return sandbox
+
+    yield make
+    for sandbox in made:
+        sandbox.kill()
+
+
+@pytest.fixture
+def sandbox(make_sandbox: MakeSandbox) -> Sandbox:
+    """A sandbox that the test may ruin."""
+    return make_sandbox()
+
+
+@pytest.fixture(scope="session")
+def shared_sandbox(variant: str, runtime_folder: Path) -> Iterator[Sandbox]:
+    """A sandbox for tests that leave no trace in it."""
+    with Sandbox.create(variant, isolation="none") as sandbox:
+        yield sandbox
+
+
+# README.md
+
+
+class ReadmeExample(pytest.Item):
+    """One ``python`` block of README.md, run as it stands."""
+
+    def __init__(self, *, code: str, line: int, **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]  # pytest's own keywords
+        self._code = code
+        self._line = line
+        self.add_marker(
+            pytest.mark.filterwarnings("ignore::code_sandboxes.SandboxIsolationWarning")
+        )
+
+    def runtest(self) -> None:
+        before = Path.cwd()
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            try:
+                exec(compile("\n" * (self._line - 1) + self._code, str(self.path), "exec"), {"__name__": "readme"})
+            finally:
+                os.chdir(before)
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, self._line, self.name
+
+
+class ReadmeFile(pytest.File):
+    def collect(self) -> Iterator[ReadmeExample]:
+        text = self.path.read_text(encoding="utf-8")
+        for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            line = text.count("\n", 0, block.start(1)) + 1
+            yield ReadmeExample.from_parent(self, name=f"line {line}", code=block[1], line=line)
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> ReadmeFile | None:
+    if file_path.name == "README.md" and file_path.parent == parent.config.rootpath:
+        return ReadmeFile.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.getreports("skipped")
+    if not skipped:
+        return
+    terminalreporter.section("NOT RUN ON THIS MACHINE", sep="!", red=True)
+    for report in skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        terminalreporter.write_line(f"{report.nodeid}: {reason}")
+
+
+def open_descriptors() -> int:
+    """How many file descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"))
+
+

@@ -1,0 +1,286 @@
+"""How a run ends, and that it is told truthfully: with the output before the end, and with a next run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from code_sandboxes import (
+    ExecutionStatus,
+    Sandbox,
+    SandboxConnectionError,
+    SandboxExecutionError,
+    SandboxNotStartedError,
+    SandboxTimeoutError,
+)
+from conftest import MakeSandbox
+
+
+@dataclass(frozen=True)
+class Ending:
+    code: str
+    status: str
+    error: str | None = None  # name of result.error
+    exit_code: int | None = None
+    state_preserved: bool = True
+    timeout: float = 30.0
+
+
+ENDINGS = {
+    "normal": Ending("x = 1", "ok"),
+    "exception": Ending("1 / 0", "error", "ZeroDivisionError"),
+    "sys.exit": Ending("import sys; sys.exit(2)", "exited", exit_code=2),
+    "sys.exit(0)": Ending("import sys; sys.exit(0)", "exited", exit_code=0),
+    "os._exit": Ending("import os; os._exit(3)", "kernel_died", "KernelDied", 3, False),
+    "segfault": Ending("import ctypes; ctypes.string_at(0)", "kernel_died", "KernelDied", -11, False),
+    "killed by itself": Ending("import os; os.kill(os.getpid(), 9)", "kernel_died", "KernelDied", -9, False),
+    "time-out in Python": Ending("while True: pass", "timed_out", "TimeoutError", timeout=0.5),
+    "time-out in sleep": Ending("import time; time.sleep(60)", "timed_out", "TimeoutError", timeout=0.5),
+    "time-out in await": Ending(
+        "import asyncio; await asyncio.sleep(60)", "timed_out", "TimeoutError", timeout=0.5
+    ),
+    "time-out in a child": Ending(
+        "import subprocess; subprocess.run(['sleep', '60'])", "timed_out", "TimeoutError", timeout=0.5
+    ),
+    "time-out, swallowed": Ending(
+        "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass",
+        "timed_out",
+        "TimeoutError",
+        exit_code=-9,
+        state_preserved=False,
+        timeout=0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_every_end_is_told_keeps_the_output_before_it_and_leaves_a_working_sandbox(
+    make_sandbox: MakeSandbox, name: str
+) -> None:
+    ending = ENDINGS[name]
+    sandbox = make_sandbox(config=_with_short_grace())
+    sandbox.run_code("kept = 'yes'")
+
+    result = sandbox.run_code(f"print('before')\n{ending.code}", timeout=ending.timeout)
+
+    assert result.status == ending.status
+    assert result.stdout == "before"
+    assert (result.error.name if result.error else None) == ending.error
+    assert result.exit_code == ending.exit_code
+    assert result.state_preserved is ending.state_preserved
+    assert result.success is (name in ("normal", "sys.exit(0)"))
+    again = sandbox.run_code("'kept' in globals()")
+    assert (again.status, again.text, again.state_preserved) == ("ok", str(ending.state_preserved), True)
+
+
+def test_a_syntax_error_is_an_error_of_the_code(shared_sandbox: Sandbox) -> None:
+    result = shared_sandbox.run_code("print('never')\nif")
+
+    assert (result.status, result.stdout) == ("error", "")
+    assert result.error is not None
+    assert result.error.name == "SyntaxError"
+    assert "line 2" in result.error.traceback
+
+
+def test_what_a_crashing_interpreter_says_is_in_the_traceback(sandbox: Sandbox) -> None:
+    result = sandbox.run_code("print('on')\nimport ctypes; ctypes.string_at(0)")
+
+    assert result.error is not None
+    assert result.error.value == "the kernel died with signal 11 (SIGSEGV) while it ran the code"
+    assert "Segmentation fault" in result.error.traceback
+
+
+def test_output_that_was_not_published_when_the_process_died_is_recovered(sandbox: Sandbox) -> None:
+    text = "\u00e9\U0001f600" * 1000
+    result = sandbox.run_code(
+        f"import os, sys\nprint({text!r})\nprint('err', file=sys.stderr)\nprint('no end', end='')\nos._exit(1)"
+    )
+
+    assert result.stdout == text + "\nno end"
+    assert result.stderr == "err"
+
+
+def test_a_kernel_killed_from_outside_is_reported_within_a_second(sandbox: Sandbox) -> None:
+    pid = int(sandbox.run_code("import os; os.getpid()").text or 0)
+    died_at: list[float] = []
+
+    def kill(_: object) -> None:
+        died_at.append(time.monotonic())
+        os.kill(pid, signal.SIGKILL)
+
+    result = sandbox.run_code("print('on')\nimport time; time.sleep(60)", on_stdout=kill)
+
+    assert result.status == "kernel_died"
+    assert result.exit_code == -9
+    assert result.stdout == "on"
+    assert time.monotonic() - died_at[0] < 1.0
+
+
+def test_a_kernel_that_died_between_runs_is_told_by_the_next_one(sandbox: Sandbox) -> None:
+    pid = int(sandbox.run_code("x = 1\nimport os; os.getpid()").text or 0)
+    os.kill(pid, signal.SIGKILL)
+    _wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
+    result = sandbox.run_code("'x' in globals()")
+
+    assert (result.status, result.text) == ("ok", "False")
+    assert result.state_preserved is False
+
+
+def test_interrupt_from_another_thread_keeps_the_variables(sandbox: Sandbox) -> None:
+    threading.Timer(0.3, sandbox.interrupt).start()
+    result = sandbox.run_code("x = 1\nprint('on')\nimport time; time.sleep(60)")
+
+    assert result.status == "interrupted"
+    assert result.stdout == "on"
+    assert result.error is not None
+    assert result.error.name == "KeyboardInterrupt"
+    assert sandbox.run_code("x").text == "1"
+
+
+def test_interrupt_of_an_awaiting_cell(sandbox: Sandbox) -> None:
+    threading.Timer(0.3, sandbox.interrupt).start()
+    result = sandbox.run_code("import asyncio; await asyncio.sleep(60)")
+
+    assert result.status == "interrupted"
+
+
+def test_interrupt_when_nothing_runs_says_so_and_harms_nothing(shared_sandbox: Sandbox) -> None:
+    assert shared_sandbox.interrupt() is False
+    assert shared_sandbox.run_code("1 + 1").text == "2"
+
+
+def test_code_that_handles_the_interrupt_decides_how_it_ends(sandbox: Sandbox) -> None:
+    threading.Timer(0.3, sandbox.interrupt).start()
+    result = sandbox.run_code(
+        "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('cleaned up')\n'done'"
+    )
+
+    assert (result.status, result.stdout, result.text) == ("ok", "cleaned up", "'done'")
+
+
+def test_code_that_swallows_the_interrupt_is_killed_after_the_grace(make_sandbox: MakeSandbox) -> None:
+    sandbox = make_sandbox(config=_with_short_grace())
+    threading.Timer(0.3, sandbox.interrupt).start()
+    result = sandbox.run_code(
+        "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: print('no')"
+    )
+
+    assert (result.status, result.stdout, result.state_preserved) == ("interrupted", "no", False)
+    assert sandbox.run_code("1").text == "1"
+
+
+def test_a_timeout_so_short_that_the_code_has_not_begun_still_stops_it(sandbox: Sandbox) -> None:
+    for _ in range(20):
+        result = sandbox.run_code("while True: pass", timeout=0.001)
+        assert result.status == "timed_out"
+        assert result.state_preserved is True
+    assert sandbox.run_code("1 + 1").text == "2"
+
+
+@pytest.mark.slow
+def test_interrupts_racing_with_the_end_of_the_code_never_hang_or_lose_the_kernel(sandbox: Sandbox) -> None:
+    sandbox.run_code("import time; kept = 1")
+    for i in range(60):
+        timer = threading.Timer(0.01 + i / 20000, sandbox.interrupt)
+        timer.start()
+        result = sandbox.run_code("time.sleep(0.01)")
+        timer.join()
+        assert result.status in ("ok", "interrupted")
+        assert result.state_preserved
+    assert sandbox.run_code("kept").text == "1"
+
+
+@pytest.mark.parametrize(("end", "word"), [("kill", "killed"), ("terminate", "terminated")])
+def test_a_sandbox_that_ends_during_a_run_cuts_it_short_and_says_so(
+    sandbox: Sandbox, end: str, word: str
+) -> None:
+    result = sandbox.run_code(
+        "print('on')\nimport time; time.sleep(60)",
+        on_stdout=lambda _: threading.Thread(target=getattr(sandbox, end)).start(),
+    )
+
+    assert (result.status, result.stdout, result.state_preserved) == ("interrupted", "on", False)
+    assert result.error is not None
+    assert result.error.value == f"the sandbox ended: it was {word}"
+    with pytest.raises(SandboxNotStartedError, match="is terminated"):
+        sandbox.run_code("1")
+
+
+def test_runs_that_wait_for_their_turn_when_the_sandbox_ends_were_not_run(sandbox: Sandbox) -> None:
+    results = []
+    begun = threading.Event()
+    first = threading.Thread(
+        target=lambda: results.append(
+            sandbox.run_code("print(1)\nimport time; time.sleep(60)", on_stdout=lambda _: begun.set())
+        )
+    )
+    first.start()
+    begun.wait(30)
+    second = threading.Thread(target=lambda: results.append(sandbox.run_code("print(2)")))
+    second.start()
+    _wait_until(lambda: second.is_alive() and sandbox.is_executing)
+    sandbox.kill()
+    first.join(30)
+    second.join(30)
+
+    assert [result.status for result in results] == ["interrupted", "aborted"]
+
+
+def test_a_slow_callback_does_not_delay_the_timeout(sandbox: Sandbox) -> None:
+    result = sandbox.run_code(
+        "import time\nt = time.time()\nprint('on')\ntry: time.sleep(60)\nfinally: print(time.time() - t)",
+        on_stdout=lambda _: time.sleep(2.5),
+        timeout=1,
+    )
+
+    assert result.status == "timed_out"
+    assert 0.9 < float(result.stdout.split()[1]) < 2.4
+
+
+def test_timeout_0_means_no_limit(make_sandbox: MakeSandbox) -> None:
+    sandbox = make_sandbox(timeout=0.2)
+
+    assert sandbox.run_code("import time; time.sleep(0.6)", timeout=0).status == "ok"
+    assert sandbox.run_code("import time; time.sleep(0.6)").status == "timed_out"
+
+
+def test_raise_for_status_raises_what_fits_and_carries_the_result(sandbox: Sandbox) -> None:
+    assert sandbox.run_code("1").raise_for_status().status is ExecutionStatus.OK
+    with pytest.raises(SandboxExecutionError, match="ZeroDivisionError: division by zero") as code:
+        sandbox.run_code("1 / 0").raise_for_status()
+    assert code.value.result is not None
+    assert code.value.result.status == "error"
+    with pytest.raises(SandboxTimeoutError, match=r"no answer after 0\.2 s"):
+        sandbox.run_code("while True: pass", timeout=0.2).raise_for_status()
+    with pytest.raises(SandboxConnectionError, match="exited with code 3"):
+        sandbox.run_code("import os; os._exit(3)").raise_for_status()
+
+
+def test_ctrl_c_in_the_program_interrupts_the_code_and_is_raised(sandbox: Sandbox) -> None:
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+    threading.Timer(0.5, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        sandbox.run_code("x = 1\nimport time; time.sleep(60)")
+
+    assert sandbox.is_executing is False
+    assert sandbox.run_code("x").text == "1"
+
+
+def _with_short_grace() -> object:
+    from code_sandboxes import SandboxConfig
+
+    return SandboxConfig(interrupt_grace=0.7)
+
+
+def _wait_until(condition: object, seconds: float = 30.0) -> None:
+    assert callable(condition)
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "it never happened"
+        time.sleep(0.01)
