@@ -33,7 +33,7 @@ def main() -> None:
     scale = QUICK if arguments.quick else FULL
     began = time.monotonic()
     _print_preface()
-    peer = _has_peer() if arguments.peer is None and not arguments.quick or arguments.peer else False
+    peer = _has_peer() if arguments.peer else False
     for name in arguments.sections or _SECTIONS:
         _measure(name, scale, peer)
     print(f"\n{time.monotonic() - began:.0f} s in all; load average at the end: {_load()}")
@@ -49,6 +49,8 @@ def _parse() -> argparse.Namespace:
         help=f"with {PEER}, installed in .venv-peer if need be; by default unless --quick",
     )
     arguments = parser.parse_args()
+    if arguments.peer is None:
+        arguments.peer = not arguments.quick
     for name in arguments.sections:
         if name not in _SECTIONS:
             parser.error(f"no section {name!r} (known: {', '.join(_SECTIONS)})")
@@ -60,9 +62,9 @@ def _print_preface() -> None:
     print(
         f"{platform.python_implementation()} {platform.python_version()}, {packages};"
         f" {os.cpu_count()} CPUs, load average {_load()}.\n"
-        "Rounds interleave. 'ratio' is the first line's median over this line's: below 1, the first is faster;\n"
-        "'rounds say' is the middle half of the ratios of single rounds. On a shared machine trust ratios and\n"
-        "'min', and no difference that is smaller than the ratio of 'ours again'."
+        "Rounds interleave. 'ratio' is the first line's median over this line's: below 1 the first is faster;\n"
+        "'rounds say' is the middle half of the ratios that single rounds give. Where others use the machine\n"
+        "too, trust ratios and 'min', and no difference smaller than the one to 'ours again'."
     )
 
 

@@ -45,23 +45,20 @@ class Contestant:
         self, driver: str, *, python: Path | None = None, env: Mapping[str, str] | None = None
     ) -> None:
         self.driver = driver
-        self._stderr = tempfile.TemporaryFile()
         self._folder = tempfile.TemporaryDirectory(prefix="bench", ignore_cleanup_errors=True)
+        self._said_in = Path(self._folder.name) / "stderr"
         place = f"insert(0, {str(ROOT)!r})" if python is None else f"append({str(ROOT)!r})"
-        self._process = subprocess.Popen(
-            [
-                str(python or sys.executable),
-                "-I",
-                "-c",
-                _BOOT.format(place=place, driver=f"benchmarks.drivers.{driver}"),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            cwd=self._folder.name,
-            env={**os.environ, "CODE_SANDBOXES_RUNTIME_DIR": f"{self._folder.name}/r", **(env or {})},
-        )
+        boot = _BOOT.format(place=place, driver=f"benchmarks.drivers.{driver}")
+        with self._said_in.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [str(python or sys.executable), "-I", "-c", boot],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                cwd=self._folder.name,
+                env={**os.environ, "CODE_SANDBOXES_RUNTIME_DIR": f"{self._folder.name}/r", **(env or {})},
+            )
 
     def __enter__(self) -> Contestant:
         return self
@@ -107,10 +104,8 @@ class Contestant:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
-        self._stderr.close()
         self._folder.cleanup()
 
     def _said(self) -> str:
-        self._stderr.seek(0)
-        said = self._stderr.read().decode("utf-8", "replace").strip()
+        said = self._said_in.read_text(errors="replace").strip()
         return f"it said: {said[-2000:]}" if said else "it said nothing"

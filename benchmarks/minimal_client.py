@@ -41,7 +41,7 @@ class MinimalClient:
 
     def execute(self, code: str, on_output: Output | None = None) -> Mapping[str, object]:
         """Run *code*; the content of its reply, when its idle status has come as well."""
-        content = {
+        content: Mapping[str, object] = {
             "code": code,
             "silent": False,
             "store_history": True,

@@ -14,7 +14,7 @@ _COLUMNS = ("", "median", "min", "p95", "n", "ratio", "rounds say", "goal")
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What the ratio, or without *of_ratio* the median of the first contestant in seconds, should not exceed."""
+    """What the ratio should not exceed; without *of_ratio*, the first one's median in seconds."""
 
     at_most: float
     of_ratio: bool = True
@@ -34,7 +34,7 @@ def print_table(
 ) -> None:
     """The ratio is that of the first contestant to each: 0.5 means it takes half as long."""
     first = next(iter(samples.values()))
-    rows = [_COLUMNS]
+    rows: list[tuple[str, ...]] = [_COLUMNS]
     for name, theirs in samples.items():
         low, high = first.spread_of_ratio_to(theirs)
         rows.append(

@@ -50,10 +50,8 @@ __all__ = ["Ended", "Kernel", "KernelInfo", "KernelProcess", "Limits", "Ready", 
 
 _log = logging.getLogger(__name__)
 
-# Seconds without any message after which the missing half of an answer is not waited for any more. After
-# an interrupt a missing half is a known fault of ipykernel; otherwise it means that something was lost.
+# Seconds without any message after which the missing half of an answer is not waited for any more.
 _SETTLE = 5.0
-_SETTLE_INTERRUPTED = 1.0
 
 # A signal that comes before the code has begun is ignored by ipykernel: wait for its execute_input, but
 # not for long, since some kernels send none.
@@ -172,6 +170,7 @@ class Run:
         self.deadline: Timer | None = None
         self.time_left: float | None = None
         self.settling = False
+        self.poke_ids: list[str] = []
 
 
 class Kernel:
@@ -386,10 +385,15 @@ class Kernel:
             run.deadline = self._loop.call_later(run.timeout, lambda: self._time_out(run))
         self._send(request, expect=True)
 
+    def _over(self, run: Run) -> None:
+        self._finish(run, Done())
+        self._advance()
+
     def _finish(self, run: Run, event: Event) -> None:
         """Nothing more comes for *run*: *event* is its last."""
         _cancel(run.deadline)
-        self._router.forget(run.msg_id)
+        for msg_id in (run.msg_id, *run.poke_ids):
+            self._router.forget(msg_id)
         self._current = None
         run.inbox.put(event)
 
@@ -450,9 +454,12 @@ class Kernel:
 
     def _poke(self, run: Run) -> None:
         # A cell that awaits is not woken by the signal alone (ipykernel's handler only leaves a note for an
-        # event loop that sleeps): any message on the shell channel wakes it.
+        # event loop that sleeps): any message on the shell channel wakes it. And when this one is answered
+        # the run is over, even if the interrupt, coming with its end, has cost its reply (ipykernel).
         if run is self._current:
-            self._send(self._session.message("shell", "kernel_info_request"))
+            request = self._session.message("shell", "kernel_info_request")
+            run.poke_ids.append(request.msg_id)
+            self._send(request, expect=True)
 
     def _kill_under(self, run: Run) -> None:
         if run is self._current and self._process is not None:
@@ -468,6 +475,9 @@ class Kernel:
                 self._of_the_kernel(event)
             elif run is not None and recipient == run.msg_id:
                 self._of_the_run(run, event)
+            elif run is not None and recipient in run.poke_ids:
+                if isinstance(event, Done):
+                    self._over(run)
             elif recipient == self._handshake_id:
                 self._shaken_hands(event)
         if message.channel == "iopub" and not self._heard_iopub:
@@ -494,8 +504,7 @@ class Kernel:
                 self._settle(run)
             return
         if isinstance(event, Done):
-            self._finish(run, event)
-            self._advance()
+            self._over(run)
             return
         if isinstance(event, InputAsked):
             if not run.content.get("allow_stdin"):
@@ -513,19 +522,14 @@ class Kernel:
         """One half of the answer is there: expect the other, but not for ever."""
         if not run.settling:
             run.settling = True
-            self._loop.call_later(_SETTLE_INTERRUPTED, lambda: self._settle_if_quiet(run))
+            self._loop.call_later(_SETTLE, lambda: self._settle_if_quiet(run))
 
     def _settle_if_quiet(self, run: Run) -> None:
         if run is not self._current:
             return
-        patience = _SETTLE_INTERRUPTED if run.signalled else _SETTLE
         quiet_for = time.monotonic() - self._last_message
-        if quiet_for < patience:
-            self._loop.call_later(patience - quiet_for, lambda: self._settle_if_quiet(run))
-            return
-        if run.signalled:
-            self._finish(run, Done())
-            self._advance()
+        if quiet_for < _SETTLE:
+            self._loop.call_later(_SETTLE - quiet_for, lambda: self._settle_if_quiet(run))
             return
         # Not the kernel's habit: libzmq gives up a connection on which a message was too large.
         run.inbox.put(OutputDropped())
