@@ -85,20 +85,43 @@ def write_faster(out_stream: Any, record: Callable[[int, str], None] | None) -> 
         if in_child or self.echo is not None or self.pub_thread is None:
             written: int | None = original(self, string)  # a forked child writes through its parent
             return written
+        text = string if string.isascii() else publishable(string)
         parent = self.parent_header
         with self._buffer_lock:
             if self.__dict__.get("_for") != (id(parent), id(self._buffers)):
                 self._buffer = self._buffers[frozenset(parent.items())]
                 # Both are kept alive with it, so that no other object can have their id.
                 self._for, self._kept = (id(parent), id(self._buffers)), (parent, self._buffers)
-            self._buffer.write(string)
+            self._buffer.write(text)
             if record is not None:
-                record(self.name == "stderr", string)
+                record(self.name == "stderr", text)
         self._schedule_flush()
         return len(string)
 
     original = out_stream.write
     out_stream.write = write
+
+
+def publishable(text: str) -> str:
+    """*text* as it can be published: bytes that were no UTF-8 as U+FFFD, any other lone surrogate as ``?``.
+
+    ipykernel drops a message whole, and all that is printed with it, if there is such a one in it.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def publish_everything(application: Any) -> None:
+    """Let messages wait in the kernel, however many: by default libzmq drops them beyond 1,000."""
+    init_iopub = application.init_iopub
+
+    def init_iopub_without_limit(self: Any, context: Any) -> None:
+        context.sndhwm = 0  # for the sockets that are made from now on
+        init_iopub(self, context)
+
+    application.init_iopub = init_iopub_without_limit
 
 
 def journal_beside(connection_file: str) -> Callable[[int, str], None] | None:
@@ -137,6 +160,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning)
     report_crashes()
     kernelapp = import_kernelapp()
+    if hasattr(kernelapp.IPKernelApp, "init_iopub"):
+        publish_everything(kernelapp.IPKernelApp)
     publish_sooner(sys.argv[sys.argv.index("-f") + 1] if "-f" in sys.argv[:-1] else "")
     kernelapp.launch_new_instance()
 
