@@ -6,9 +6,11 @@ that cannot run on this machine is skipped with its reason, and all reasons are 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +74,28 @@ def shared_sandbox(variant: str, runtime_folder: Path) -> Iterator[Sandbox]:
         yield sandbox
 
 
+@pytest.fixture
+def install_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Installs a kernelspec for one test: ``install_kernel(name, argv, **more)`` returns its name."""
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+
+    def install(name: str, argv: list[str], **more: object) -> str:
+        folder = tmp_path / "kernels" / name
+        folder.mkdir(parents=True)
+        spec = {"argv": argv, "display_name": name, "language": name} | more
+        (folder / "kernel.json").write_text(json.dumps(spec))
+        return name
+
+    return install
+
+
+@pytest.fixture
+def broken_kernel(install_kernel: Callable[..., str]) -> str:
+    """A kernel that dies at start, and says why."""
+    program = "import sys; print('no luck', file=sys.stderr); sys.exit(7)"
+    return install_kernel("broken", [sys.executable, "-c", program, "{connection_file}"])
+
+
 # README.md
 
 
@@ -82,16 +106,17 @@ class ReadmeExample(pytest.Item):
         super().__init__(**kwargs)  # type: ignore[arg-type]  # pytest's own keywords
         self._code = code
         self._line = line
-        self.add_marker(
-            pytest.mark.filterwarnings("ignore::code_sandboxes.SandboxIsolationWarning")
-        )
+        self.add_marker(pytest.mark.filterwarnings("ignore::code_sandboxes.SandboxIsolationWarning"))
 
     def runtest(self) -> None:
         before = Path.cwd()
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             try:
-                exec(compile("\n" * (self._line - 1) + self._code, str(self.path), "exec"), {"__name__": "readme"})
+                exec(
+                    compile("\n" * (self._line - 1) + self._code, str(self.path), "exec"),
+                    {"__name__": "readme"},
+                )
             finally:
                 os.chdir(before)
 
@@ -126,5 +151,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def open_descriptors() -> int:
     """How many file descriptors this process has open."""
     return len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"))
-
-

@@ -62,9 +62,9 @@ def _print_preface() -> None:
     print(
         f"{platform.python_implementation()} {platform.python_version()}, {packages};"
         f" {os.cpu_count()} CPUs, load average {_load()}.\n"
-        "Rounds interleave. 'ratio' is the first line's median over this line's: below 1 the first is faster;\n"
-        "'rounds say' is the middle half of the ratios that single rounds give. Where others use the machine\n"
-        "too, trust ratios and 'min', and no difference smaller than the one to 'ours again'."
+        "Rounds interleave. 'ratio' is the first line's median over this line's: below 1, the first is\n"
+        "faster; 'rounds say' is the middle half of the ratios that single rounds give. Where others use\n"
+        "the machine too, trust ratios and 'min', and no difference smaller than that to 'ours again'."
     )
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import venv
+from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.contestant import ROOT, Contestant
@@ -18,6 +19,8 @@ _FOLDER = ROOT / ".venv-peer"
 _PYTHON = _FOLDER / "bin" / "python"
 _CONFIG = _FOLDER / "jupyter-config"
 _REQUIREMENT = "code-sandboxes==1.10.0"
+# It asks for no kernel; it gets the same as ours, so that the libraries differ and not the kernels.
+_KERNEL = f"ipykernel=={version('ipykernel')}"
 
 
 class PeerMissingError(RuntimeError):
@@ -45,7 +48,9 @@ def _install() -> None:
     try:
         venv.create(_FOLDER, with_pip=True, clear=True)
         done = subprocess.run(
-            [_PYTHON, "-m", "pip", "install", "--quiet", _REQUIREMENT], capture_output=True, text=True
+            [_PYTHON, "-m", "pip", "install", "--quiet", _REQUIREMENT, _KERNEL],
+            capture_output=True,
+            text=True,
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise PeerMissingError(f"no environment for {_REQUIREMENT}: {error}") from error

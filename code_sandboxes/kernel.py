@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import Literal, Protocol
 
-from code_sandboxes.errors import SandboxConnectionError, SandboxNotStartedError
+from code_sandboxes.errors import SandboxConnectionError, SandboxError, SandboxNotStartedError
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.protocol.events import (
     Died,
@@ -169,7 +169,7 @@ class Run:
         self.signalled = False
         self.deadline: Timer | None = None
         self.time_left: float | None = None
-        self.settling = False
+        self.settling: Timer | None = None
         self.poke_ids: list[str] = []
 
 
@@ -285,7 +285,9 @@ class Kernel:
 
     def _launched(self, process: KernelProcess | None, error: Exception | None) -> None:
         if process is None:
-            self._fail_to_start(error or RuntimeError("nothing was launched"))
+            if not isinstance(error, SandboxError):
+                error = SandboxConnectionError(f"{self._name} could not be started: {error}")
+            self._fail_to_start(error)
             return
         self._process = process
         process.watch(self._loop, self._process_ended)
@@ -392,6 +394,7 @@ class Kernel:
     def _finish(self, run: Run, event: Event) -> None:
         """Nothing more comes for *run*: *event* is its last."""
         _cancel(run.deadline)
+        _cancel(run.settling)
         for msg_id in (run.msg_id, *run.poke_ids):
             self._router.forget(msg_id)
         self._current = None
@@ -520,16 +523,16 @@ class Kernel:
 
     def _settle(self, run: Run) -> None:
         """One half of the answer is there: expect the other, but not for ever."""
-        if not run.settling:
-            run.settling = True
-            self._loop.call_later(_SETTLE, lambda: self._settle_if_quiet(run))
+        if run.settling is None:
+            run.settling = self._loop.call_later(_SETTLE, lambda: self._settle_if_quiet(run))
 
     def _settle_if_quiet(self, run: Run) -> None:
         if run is not self._current:
             return
         quiet_for = time.monotonic() - self._last_message
         if quiet_for < _SETTLE:
-            self._loop.call_later(_SETTLE - quiet_for, lambda: self._settle_if_quiet(run))
+            patience = _SETTLE - quiet_for
+            run.settling = self._loop.call_later(patience, lambda: self._settle_if_quiet(run))
             return
         # Not the kernel's habit: libzmq gives up a connection on which a message was too large.
         run.inbox.put(OutputDropped())
@@ -597,7 +600,8 @@ class Kernel:
         if self._current is None:
             self._death_unreported = True
         else:
-            when = "while it ran the code" if self._current.started else "before it told that it had begun with the code"
+            began = self._current.started
+            when = "while it ran the code" if began else "before it told that it had begun with the code"
             sentence = f"the kernel {_how_it_died(code)} {when}"
             self._finish(self._current, Died(sentence, code, process.output()))
         self._advance()

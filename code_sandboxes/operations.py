@@ -185,6 +185,7 @@ class Core:
                 raise SandboxNotStartedError(f"{self.id} cannot be started: it is {self.status}")
             self.status = SandboxStatus.RUNNING
         _live.add(self)
+        _used.add(type(self.variant))
         try:
             yield from self._prepare()
             yield from self._started(self._default_context(None))
@@ -510,6 +511,7 @@ def _drive_in_loop(loop: Loop, operation: Operation[object]) -> None:
 
 
 _live: set[Core] = set()
+_used: set[type[Variant]] = set()
 
 
 def live_cores() -> list[Core]:
@@ -517,8 +519,14 @@ def live_cores() -> list[Core]:
     return list(_live)
 
 
+def used_variants() -> list[type[Variant]]:
+    """The variants that this process has used."""
+    return list(_used)
+
+
 def _after_fork_in_child() -> None:
     _live.clear()
+    _used.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -484,6 +484,8 @@ def _end_all() -> None:
     """At the end of the program: nothing that it made outlives it."""
     for core in operations.live_cores():
         _drive(core.terminate(orderly=False, why="its program ended"))
+    for variant_class in operations.used_variants():
+        variant_class.leave()
 
 
 atexit.register(_end_all)

@@ -98,7 +98,8 @@ def test_what_a_crashing_interpreter_says_is_in_the_traceback(sandbox: Sandbox) 
 def test_output_that_was_not_published_when_the_process_died_is_recovered(sandbox: Sandbox) -> None:
     text = "\u00e9\U0001f600" * 1000
     result = sandbox.run_code(
-        f"import os, sys\nprint({text!r})\nprint('err', file=sys.stderr)\nprint('no end', end='')\nos._exit(1)"
+        f"import os, sys\nprint({text!r})\nprint('err', file=sys.stderr)\n"
+        "print('no end', end='')\nos._exit(1)"
     )
 
     assert result.stdout == text + "\nno end"

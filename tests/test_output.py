@@ -300,7 +300,9 @@ def test_an_exception_in_a_callback_is_raised_after_the_run_and_loses_no_state(s
         raise LookupError("from the callback")
 
     with pytest.raises(LookupError, match="from the callback"):
-        sandbox.run_code("for i in range(3): print(i)\nimport time; time.sleep(0.3); x = 'end'", on_stdout=fail)
+        sandbox.run_code(
+            "for i in range(3): print(i)\nimport time; time.sleep(0.3); x = 'end'", on_stdout=fail
+        )
 
     assert calls == ["0"]
     assert sandbox.run_code("x").text == "'end'"

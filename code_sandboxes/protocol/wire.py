@@ -18,8 +18,9 @@ __all__ = ["ForgedMessageError", "MalformedMessageError", "ReplayedMessageError"
 
 _DELIMITER = b"<IDS|MSG>"
 
-# As many digests as jupyter_client remembers; two generations of half as many make forgetting cheap.
-_REMEMBERED = 65536
+# At least so many of the latest messages are known again; two generations make forgetting cheap. It bounds
+# what a connection costs: about a megabyte.
+_REMEMBERED = 4096
 
 
 class WireError(ValueError):
@@ -48,8 +49,8 @@ class WireCodec:
     def __init__(self, key: bytes) -> None:
         self._signed = bool(key)
         self._hmac = hmac.new(key or b"-", digestmod=sha256)
-        self._recent: set[bytes] = set()
-        self._older: set[bytes] = set()
+        self._recent: set[int] = set()
+        self._older: set[int] = set()
 
     def encode(self, message: Message) -> list[bytes | memoryview]:
         parts = [
@@ -87,11 +88,11 @@ class WireCodec:
             return
         if not hmac.compare_digest(self._sign(parts), signature):
             raise ForgedMessageError("the signature does not fit")
-        seen = signature[:16]  # 64 of the 256 bits tell 65,536 messages apart
+        seen = int(signature[:16], 16)  # 64 of the 256 bits tell a few thousand messages apart
         if seen in self._recent or seen in self._older:
             raise ReplayedMessageError("the signature was seen before")
         self._recent.add(seen)
-        if len(self._recent) >= _REMEMBERED // 2:
+        if len(self._recent) >= _REMEMBERED:
             self._older, self._recent = self._recent, set()
 
 

@@ -56,6 +56,7 @@ class Loop:
         self._calls: deque[Callback] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
+        self._purge_at = 64
         self._unfinished: set[Callback] = set()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
@@ -95,9 +96,17 @@ class Loop:
         self._blocking.put(work)
 
     def call_at(self, when: float, callback: Callback) -> Timer:
+        if len(self._timers) >= self._purge_at:
+            self._purge_timers()
         timer = Timer(when, callback)
         heapq.heappush(self._timers, (when, next(self._order), timer))
         return timer
+
+    def _purge_timers(self) -> None:
+        # Nearly every deadline is cancelled long before it is due; what it refers to must not stay.
+        self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+        heapq.heapify(self._timers)
+        self._purge_at = max(64, 2 * len(self._timers))
 
     def call_later(self, delay: float, callback: Callback) -> Timer:
         return self.call_at(time.monotonic() + delay, callback)

@@ -77,6 +77,11 @@ class Variant(ABC):
     def remove(self) -> None:
         """Remove what :meth:`prepare` made; in the worker thread, when no kernel is left."""
 
+    @classmethod
+    def leave(cls) -> None:
+        """The program ends, and none of its sandboxes is left: let go of what they shared, if anything."""
+        return
+
     def refuse(self, setting: str, reason: str) -> SandboxConfigurationError:
         """The error that says that *setting* cannot be honoured."""
         return SandboxConfigurationError(f"{self.name} cannot {setting}: {reason}")

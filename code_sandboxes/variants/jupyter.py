@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -21,14 +22,14 @@ import sys
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from code_sandboxes.config import SandboxConfig
-from code_sandboxes.errors import SandboxConfigurationError, SandboxIsolationWarning
+from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError, SandboxIsolationWarning
 from code_sandboxes.guest import journal
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
 from code_sandboxes.protocol.events import Streamed
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from jupyter_client.kernelspec import KernelSpec
 
 __all__ = ["LocalJupyter"]
+
+_log = logging.getLogger(__name__)
 
 # sun_path of unix(7) holds 107 bytes and a zero; macOS has 103.
 _LONGEST_SOCKET_PATH = 103
@@ -77,12 +80,7 @@ class LocalJupyter(Variant):
         elif isolation != "none":
             raise self.refuse(f"isolate with {isolation!r}", "it knows only 'auto' and 'none' yet")
         self._max_output = _bytes("max_output", options.get("max_output"), default=256 * 1024**2)
-        kernel_name = options.get("kernel_name")
-        if kernel_name is not None and kernel_name not in _kernelspecs():
-            raise SandboxConfigurationError(
-                f"no kernelspec {kernel_name!r} on this machine (installed: {', '.join(_kernelspecs())})"
-            )
-        self._kernel_name = None if kernel_name is None else str(kernel_name)
+        self._kernel_name = _checked_kernel_name(options.get("kernel_name"))
         self._folder = Path()
 
     def _refuse_what_is_not_enforced(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
@@ -142,7 +140,7 @@ class LocalJupyter(Variant):
     def kernel_name(self, language: str | None) -> str:
         specs = _kernelspecs()
         if language is None:
-            return self._kernel_name or "python3"
+            return self._kernel_name
         if language not in specs and not _speaking(language, specs):
             specs = _kernelspecs(refresh=True)
         if language in specs:
@@ -179,7 +177,9 @@ class LocalJupyter(Variant):
             identity = journal.create(str(folder / "journal"))
             command = _command(spec, folder / "connection.json")
             environment = {**_environment(home, command[0]), **self.config.env_vars, **env}
-            process, stderr = _start(spec, command, environment, cwd or self.config.working_dir or str(home))
+            cwd = cwd or self.config.working_dir or str(home)
+            _check_startable(spec, command[0], environment["PATH"], cwd)
+            process, stderr = _start(spec, command, environment, cwd)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -192,6 +192,11 @@ class LocalJupyter(Variant):
         if self._folder != Path():
             shutil.rmtree(self._folder, onerror=_make_removable)
             _reaper().release_folder(str(self._folder))
+
+    @classmethod
+    def leave(cls) -> None:
+        if _the_reaper is not None:
+            _the_reaper.close()
 
 
 class LocalProcess:
@@ -324,13 +329,39 @@ def _kernelspecs(*, refresh: bool = False) -> Mapping[str, _Spec]:
     """The kernels that are installed, by name; looked up once, and again when one is not found."""
     global _specs
     if refresh or not _specs:
-        from jupyter_client.kernelspec import KernelSpecManager
-
-        manager = KernelSpecManager()
-        names = sorted(manager.find_kernel_specs())
-        specs = {name: manager.get_kernel_spec(name) for name in names}
-        _specs = {name: _Spec(name, spec.language.lower(), spec) for name, spec in specs.items()}
+        _specs = {spec.name: spec for spec in _installed_kernelspecs()}
     return _specs
+
+
+def _installed_kernelspecs() -> Iterator[_Spec]:
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from traitlets import TraitError
+
+    class TolerantSpec(KernelSpec):
+        """One with keys of its own, as bash_kernel's, is not worth a DeprecationWarning to its user."""
+
+        def __init__(self, **content: object) -> None:
+            super().__init__(**{key: value for key, value in content.items() if self.has_trait(key)})
+
+    manager = KernelSpecManager(kernel_spec_class=TolerantSpec)
+    for name in sorted(manager.find_kernel_specs()):
+        try:
+            spec = manager.get_kernel_spec(name)
+        except (OSError, ValueError, TypeError, TraitError) as error:
+            _log.warning("the kernelspec %r cannot be used: %s", name, error)
+            continue
+        if spec.argv:
+            yield _Spec(name, spec.language.lower(), spec)
+
+
+def _checked_kernel_name(name: object) -> str:
+    if name is None:
+        return "python3"
+    if name not in _kernelspecs() and name not in _kernelspecs(refresh=True):
+        raise SandboxConfigurationError(
+            f"no kernelspec {name!r} on this machine (installed: {', '.join(_kernelspecs())})"
+        )
+    return str(name)
 
 
 def _speaking(language: str, specs: Mapping[str, _Spec]) -> list[str]:
@@ -352,6 +383,19 @@ def _command(spec: _Spec, connection_file: Path) -> list[str]:
         if module == "-m" and command[i + 1] in ("ipykernel_launcher", "ipykernel"):
             return [command[0], _LAUNCH, *command[i + 2 :], *_IPYKERNEL_ARGUMENTS]
     return command
+
+
+def _check_startable(spec: _Spec, program: str, path: str, cwd: str) -> None:
+    """Say it better than the system would."""
+    if shutil.which(program, path=path) is None:
+        raise SandboxConnectionError(
+            f"the kernel {spec.name!r} could not be started: its kernelspec in"
+            f" {spec.kernel_spec.resource_dir} names the program {program!r}, which is not there"
+        )
+    if not os.path.isdir(cwd):
+        raise SandboxConnectionError(
+            f"the kernel {spec.name!r} could not be started: there is no directory {cwd!r}"
+        )
 
 
 def _filled_in(argument: str, values: Mapping[str, str]) -> str:
@@ -493,12 +537,6 @@ def _reaper() -> Reaper:
     if _the_reaper is None:
         _the_reaper = Reaper()
     return _the_reaper
-
-
-def close_reaper() -> None:
-    """At the end of the program."""
-    if _the_reaper is not None:
-        _the_reaper.close()
 
 
 _left_to_parent: list[object] = []

@@ -362,7 +362,7 @@ def test_malformed_content_is_dropped_and_counted(
         ("display_data", {"data": {}, "transient": None}, Displayed({}, {})),
         ("display_data", {"data": {}, "transient": {"display_id": 1}}, Displayed({}, {})),
         ("error", {"ename": 1, "evalue": [], "traceback": "x"}, Failed("Error", "", "")),
-        ("error", {"ename": "E", "traceback": ["a", 1, None]}, Failed("E", "", "a\n1\nNone")),
+        ("error", {"ename": "E", "traceback": ["a", "b"]}, Failed("E", "", "a\nb")),
     ],
 )
 def test_a_field_that_says_nothing_leaves_the_rest_of_its_message_valid(

@@ -1,0 +1,120 @@
+"""Many threads, many sandboxes, many runs: nothing mixed, nothing grows."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from code_sandboxes import OutputMessage, Sandbox
+from conftest import MakeSandbox, open_descriptors
+
+
+def test_50_threads_on_one_sandbox_get_each_their_own_output(sandbox: Sandbox) -> None:
+    def run(i: int) -> None:
+        heard: list[str] = []
+        result = sandbox.run_code(
+            f"print('a{i}')\nimport time; time.sleep(0.002)\nprint('b{i}')\n{i}",
+            on_stdout=lambda m: heard.append(m.line),
+        )
+        assert (result.status, result.stdout, result.text) == ("ok", f"a{i}\nb{i}", str(i))
+        assert heard == [f"a{i}", f"b{i}"]
+
+    with ThreadPoolExecutor(50) as pool:
+        list(pool.map(run, range(200)))
+
+
+def test_runs_on_one_context_queue_in_the_order_of_their_calls(sandbox: Sandbox) -> None:
+    sandbox.run_code("order = []")
+    streams = [sandbox.run_code_streaming(f"order.append({i})") for i in range(20)]
+    first = threading.Event()
+    blocker = threading.Thread(
+        target=sandbox.run_code,
+        args=("print(1)\nimport time; time.sleep(0.5)",),
+        kwargs={"on_stdout": lambda _: first.set()},
+    )
+    blocker.start()
+    first.wait(30)
+    threads = []
+    for stream in streams:
+        begun = threading.Event()
+        thread = threading.Thread(target=lambda s=stream, b=begun: (b.set(), list(s)))
+        thread.start()
+        begun.wait(30)
+        # The call itself is quick; what is measured is that the queue keeps the order of arrival.
+        thread.join(0.005)
+        threads.append(thread)
+    for thread in [blocker, *threads]:
+        thread.join(30)
+
+    assert sandbox.run_code("order == sorted(order), len(order)").text == "(True, 20)"
+
+
+@pytest.mark.slow
+def test_50_sandboxes_in_one_process_do_not_mix_and_need_few_threads_and_descriptors(
+    make_sandbox: MakeSandbox,
+) -> None:
+    make_sandbox()
+    descriptors, threads = open_descriptors(), threading.active_count()
+    with ThreadPoolExecutor(8) as pool:
+        sandboxes = list(pool.map(lambda _: make_sandbox(), range(50)))
+        per_sandbox = (open_descriptors() - descriptors) / 50
+        in_pool = len(pool._threads)
+        assert threading.active_count() - in_pool == threads
+        assert per_sandbox <= 8
+
+    def run(i: int) -> None:
+        heard: list[OutputMessage] = []
+        result = sandboxes[i].run_code(f"x = {i}\nfor n in range(20): print(x)", on_stdout=heard.append)
+        assert result.stdout.split() == [str(i)] * 20
+        assert [m.line for m in heard] == [str(i)] * 20
+
+    with ThreadPoolExecutor(50) as pool:
+        list(pool.map(run, range(50)))
+        list(pool.map(lambda sandbox: sandbox.terminate(), sandboxes))
+    assert open_descriptors() <= descriptors
+
+
+@pytest.mark.slow
+def test_1_000_runs_leave_no_descriptor_no_thread_and_no_memory(sandbox: Sandbox) -> None:
+    def runs(count: int) -> None:
+        for i in range(count):
+            result = sandbox.run_code(
+                f"print({i})\nfrom IPython.display import display\nh = display({i}, display_id=True)\n{i}"
+            )
+            assert result.text == str(i)
+
+    process = psutil.Process()
+    runs(200)
+    gc.collect()
+    before = open_descriptors(), threading.active_count(), process.memory_info().rss
+    runs(1000)
+    gc.collect()
+    after = open_descriptors(), threading.active_count(), process.memory_info().rss
+
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] < 2 * 1024**2
+
+
+@pytest.mark.slow
+def test_sandboxes_that_come_and_go_leave_no_descriptor_no_thread_and_no_memory(
+    make_sandbox: MakeSandbox,
+) -> None:
+    def come_and_go(count: int) -> None:
+        for _ in range(count):
+            with Sandbox.create("local-jupyter", isolation="none") as sandbox:
+                assert sandbox.run_code("1 + 1").text == "2"
+
+    process = psutil.Process()
+    come_and_go(5)
+    gc.collect()
+    before = open_descriptors(), threading.active_count(), process.memory_info().rss
+    come_and_go(20)
+    gc.collect()
+    after = open_descriptors(), threading.active_count(), process.memory_info().rss
+
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] < 2 * 1024**2

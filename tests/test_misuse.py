@@ -1,0 +1,223 @@
+"""Bad input: the exact sentence for each, and nothing left behind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from code_sandboxes import Sandbox, SandboxConfig
+from conftest import open_descriptors
+
+KERNELS = r"bash, .*python, python3"
+NEEDS_ISOLATION = "that takes isolation, and it has only a process of its own yet"
+
+AT_CREATE: list[tuple[dict[str, object], str, str]] = [
+    (
+        {"variant": "local-jupiter"},
+        "ValueError",
+        r"no sandbox variant 'local-jupiter' \(known: local-jupyter\)",
+    ),
+    (
+        {"colour": "red"},
+        "TypeError",
+        r"local-jupyter has no option 'colour'"
+        r" \(known: disk, isolation, kernel_name, max_output, mounts, pids\)",
+    ),
+    ({"config": {"timeout": 3}}, "TypeError", "config must be a SandboxConfig, not dict"),
+    ({"timeout": -1}, "ValueError", "timeout must be 0 or more seconds, not -1.0"),
+    ({"timeout": float("nan")}, "ValueError", "timeout must be 0 or more seconds, not nan"),
+    ({"timeout": "3"}, "SandboxConfigurationError", "The 'timeout' trait of a SandboxConfig instance .*"),
+    ({"env": {"A": 1}}, "SandboxConfigurationError", ".*'env_vars' trait.*"),
+    (
+        {"memory": 512},
+        "SandboxConfigurationError",
+        rf"local-jupyter cannot limit the memory \(memory_limit=536870912\): {NEEDS_ISOLATION}",
+    ),
+    (
+        {"cpu": 2.0},
+        "SandboxConfigurationError",
+        rf"local-jupyter cannot limit the CPUs \(cpu_limit=2.0\): {NEEDS_ISOLATION}",
+    ),
+    (
+        {"gpu": "T4"},
+        "SandboxConfigurationError",
+        r"local-jupyter cannot choose a GPU \(gpu='T4'\): .*",
+    ),
+    (
+        {"network_policy": "none"},
+        "SandboxConfigurationError",
+        f"local-jupyter cannot enforce network_policy='none': {NEEDS_ISOLATION};"
+        " 'inherit' and 'all' leave the network as it is",
+    ),
+    ({"network_policy": "some"}, "SandboxConfigurationError", ".*'network_policy' trait.*"),
+    ({"pids": 5}, "SandboxConfigurationError", f"local-jupyter cannot honour pids=5: {NEEDS_ISOLATION}"),
+    ({"disk": 5}, "SandboxConfigurationError", f"local-jupyter cannot honour disk=5: {NEEDS_ISOLATION}"),
+    (
+        {"mounts": {"/a": ("/b", "ro")}},
+        "SandboxConfigurationError",
+        rf"local-jupyter cannot honour mounts=\{{.*\}}: {NEEDS_ISOLATION}",
+    ),
+    (
+        {"isolation": "bubblewrap"},
+        "SandboxConfigurationError",
+        "local-jupyter cannot isolate with 'bubblewrap': it knows only 'auto' and 'none' yet",
+    ),
+    (
+        {"environment": "python-cpu-env"},
+        "SandboxConfigurationError",
+        "local-jupyter cannot provide the environment 'python-cpu-env': it runs what is installed on this"
+        " machine; choose with kernel_name=",
+    ),
+    (
+        {"config": SandboxConfig(idle_timeout=5)},
+        "SandboxConfigurationError",
+        "local-jupyter cannot enforce idle_timeout: nothing watches idle kernels yet; use max_lifetime",
+    ),
+    (
+        {"config": SandboxConfig(working_dir="/nowhere")},
+        "SandboxConfigurationError",
+        "local-jupyter cannot start in working_dir='/nowhere': there is no such directory on this machine",
+    ),
+    (
+        {"kernel_name": "cobol"},
+        "SandboxConfigurationError",
+        r"no kernelspec 'cobol' on this machine \(installed: bash, .*python3.*\)",
+    ),
+    (
+        {"max_output": 0},
+        "SandboxConfigurationError",
+        "max_output must be a positive number of bytes, not 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "kind", "sentence"), AT_CREATE, ids=lambda v: str(v)[:40])
+def test_what_cannot_be_honoured_is_refused_at_create(
+    runtime_folder: Path, settings: dict[str, object], kind: str, sentence: str
+) -> None:
+    before = set(runtime_folder.iterdir()), open_descriptors()
+    arguments: dict[str, object] = {"variant": "local-jupyter", "isolation": "none"} | settings
+    with pytest.raises(Exception, match=f"^{sentence}$") as caught:
+        Sandbox.create(**arguments)  # type: ignore[arg-type]  # on purpose
+
+    assert type(caught.value).__name__ == kind
+    assert (set(runtime_folder.iterdir()), open_descriptors()) == before
+
+
+def test_an_unknown_setting_names_the_known_ones() -> None:
+    with pytest.raises(TypeError, match=r"SandboxConfig has no setting 'time_out' \(known: .*timeout.*\)"):
+        SandboxConfig(time_out=3)
+
+
+def test_secrets_do_not_show_in_the_representation_of_a_config() -> None:
+    assert "hunter2" not in repr(SandboxConfig(env_vars={"PASSWORD": "hunter2"}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "sentence"),
+    [
+        ({"code": 5}, TypeError, "code must be a str, not int"),
+        ({"code": b"1"}, TypeError, "code must be a str, not bytes"),
+        ({"timeout": -1}, ValueError, "timeout must be 0 or more seconds, not -1"),
+        ({"timeout": "1"}, TypeError, "timeout must be a number of seconds, not str"),
+        ({"timeout": True}, TypeError, "timeout must be a number of seconds, not bool"),
+        (
+            {"language": "cobol"},
+            ValueError,
+            rf"no kernel for the language 'cobol' \(installed: {KERNELS}.*\)",
+        ),
+        ({"context": "nope"}, LookupError, r"no context 'nope' in this sandbox \(known: default\)"),
+        ({"on_stdout": "print"}, TypeError, "on_stdout must be a function, not str"),
+    ],
+)
+def test_a_bad_argument_of_a_run_is_refused_and_the_sandbox_goes_on(
+    shared_sandbox: Sandbox, arguments: dict[str, object], kind: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(kind, match=f"^{sentence}$"):
+        shared_sandbox.run_code(**({"code": "1"} | arguments))  # type: ignore[arg-type]  # on purpose
+    assert shared_sandbox.run_code("1 + 1").text == "2"
+
+
+def test_a_kernel_that_dies_at_start_is_told_with_what_it_said(
+    runtime_folder: Path, broken_kernel: str
+) -> None:
+    _assert_start_fails(
+        runtime_folder,
+        broken_kernel,
+        "the kernel 'broken' exited with code 7 before it answered; it said: no luck",
+    )
+
+
+def test_a_kernel_whose_program_is_missing_is_told(
+    runtime_folder: Path, install_kernel: Callable[..., str], tmp_path: Path
+) -> None:
+    name = install_kernel("gone", ["no-such-program", "{connection_file}"])
+    _assert_start_fails(
+        runtime_folder,
+        name,
+        f"the kernel 'gone' could not be started: its kernelspec in {tmp_path}/kernels/gone names the"
+        " program 'no-such-program', which is not there",
+    )
+
+
+def test_a_kernel_that_never_answers_is_given_up_and_killed(
+    runtime_folder: Path, install_kernel: Callable[..., str]
+) -> None:
+    program = "import time; time.sleep(600)"
+    name = install_kernel("silent", [sys.executable, "-c", program, "{connection_file}"])
+    _assert_start_fails(
+        runtime_folder,
+        name,
+        "the kernel 'silent' did not answer within 0.5 s; it said nothing",
+        config=SandboxConfig(start_timeout=0.5),
+    )
+
+
+def test_a_kernelspec_that_is_no_json_does_not_harm_the_others(
+    install_kernel: Callable[..., str], tmp_path: Path, shared_sandbox: Sandbox
+) -> None:
+    install_kernel("ok", [sys.executable])
+    (tmp_path / "kernels" / "ok" / "kernel.json").write_text("{")
+    with pytest.raises(ValueError, match="no kernel for the language 'cobol'"):
+        shared_sandbox.run_code("1", language="cobol")
+
+
+@pytest.mark.parametrize(
+    ("folder", "sentence"),
+    [
+        ("/proc/no/folder", "cannot make the runtime folder /proc/no/folder: No such file or directory; set"),
+        ("/usr", "the runtime folder /usr is not a folder that only this user can enter; set"),
+        ("{tmp}/" + "long" * 20, r"the path of the runtime folder .* bytes too long for sockets; set"),
+    ],
+)
+def test_a_runtime_folder_that_cannot_be_used_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str, sentence: str
+) -> None:
+    monkeypatch.setenv("CODE_SANDBOXES_RUNTIME_DIR", folder.format(tmp=tmp_path))
+    with pytest.raises(Exception, match=f"^{sentence} CODE_SANDBOXES_RUNTIME_DIR to a "):
+        Sandbox.create("local-jupyter", isolation="none")
+
+
+def test_the_front_itself_is_no_sandbox() -> None:
+    with pytest.raises(TypeError, match=r"a Sandbox is made by Sandbox\.create\(\)"):
+        Sandbox()
+
+
+def test_the_variant_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODE_SANDBOXES_VARIANT", "local-moon")
+    with pytest.raises(ValueError, match="no sandbox variant 'local-moon'"):
+        Sandbox.create()
+
+
+def _assert_start_fails(
+    runtime_folder: Path, kernel_name: str, sentence: str, config: SandboxConfig | None = None
+) -> None:
+    before = set(runtime_folder.iterdir()), open_descriptors()
+    with pytest.raises(ConnectionError) as caught:
+        Sandbox.create("local-jupyter", isolation="none", kernel_name=kernel_name, config=config)
+
+    assert str(caught.value) == sentence
+    assert (set(runtime_folder.iterdir()), open_descriptors()) == before
