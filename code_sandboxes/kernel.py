@@ -458,7 +458,8 @@ class Kernel:
     def _poke(self, run: Run) -> None:
         # A cell that awaits is not woken by the signal alone (ipykernel's handler only leaves a note for an
         # event loop that sleeps): any message on the shell channel wakes it. And when this one is answered
-        # the run is over, even if the interrupt, coming with its end, has cost its reply (ipykernel).
+        # after the run went idle, the run's own reply will not come: an interrupt that meets the end of the
+        # code can cost it (ipykernel).
         if run is self._current:
             request = self._session.message("shell", "kernel_info_request")
             run.poke_ids.append(request.msg_id)
@@ -479,7 +480,7 @@ class Kernel:
             elif run is not None and recipient == run.msg_id:
                 self._of_the_run(run, event)
             elif run is not None and recipient in run.poke_ids:
-                if isinstance(event, Done):
+                if isinstance(event, Done) and run.settling is not None:
                     self._over(run)
             elif recipient == self._handshake_id:
                 self._shaken_hands(event)

@@ -16,7 +16,7 @@ from code_sandboxes.results import ExecutionError, OutputMessage, Result
 
 __all__ = ["ScriptedClient", "ScriptedKernel", "ScriptedRun", "errors", "quick", "results", "text"]
 
-quick = settings(deadline=None, max_examples=100, derandomize=True, database=None)
+quick = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
 _NOTHING: Mapping[str, object] = {}
 

@@ -101,7 +101,7 @@ def test_displays_count_with_all_they_carry(data: dict[str, object]) -> None:
 
 
 def test_output_without_text_is_output_all_the_same() -> None:
-    assert len(taken(filled(*[out("")] * 5000))) <= 1000
+    assert OutputDropped() in taken(filled(*[out("")] * 5000))
 
 
 def test_a_wait_ends_when_something_was_put() -> None:

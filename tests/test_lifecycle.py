@@ -182,16 +182,20 @@ def test_capabilities_say_what_can_be_done_and_why_not_the_rest(shared_sandbox: 
 
 
 def test_it_works_inside_a_running_event_loop_of_a_notebook(runtime_folder: Path) -> None:
-    notebook = nbformat.v4.new_notebook()
-    notebook.cells = [
-        nbformat.v4.new_code_cell(
-            "import asyncio; asyncio.get_running_loop()\n"
-            "from code_sandboxes import Sandbox\n"
-            "sandbox = Sandbox.create(isolation='none')\n"
-            "r = sandbox.run_code('print(1)\\n1 + 1', on_stdout=lambda m: print('live', m.line))\nr.text"
-        ),
-        nbformat.v4.new_code_cell("sandbox.terminate()"),
+    code = [
+        "import asyncio; asyncio.get_running_loop()\n"
+        "from code_sandboxes import Sandbox\n"
+        "sandbox = Sandbox.create(isolation='none')\n"
+        "r = sandbox.run_code('print(1)\\n1 + 1', on_stdout=lambda m: print('live', m.line))\nr.text",
+        "sandbox.terminate()",
     ]
+    cells = [
+        nbformat.NotebookNode(cell_type="code", metadata=nbformat.NotebookNode(), outputs=[], source=source)
+        for source in code
+    ]
+    notebook = nbformat.NotebookNode(
+        nbformat=4, nbformat_minor=4, metadata=nbformat.NotebookNode(), cells=cells
+    )
     NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
     first, second = notebook.cells
 
@@ -221,13 +225,10 @@ def test_a_forked_child_neither_uses_disturbs_nor_ends_the_sandbox(sandbox: Sand
         code_sandboxes.sandbox._end_all()
         os._exit(0)
     os.close(write)
-    told = b""
-    while chunk := os.read(read, 4096):
-        told += chunk
-    os.close(read)
+    with open(read) as answer:
+        message, *rest = answer.read().split("|")
     os.waitpid(pid, 0)
 
-    message, *rest = told.decode().split("|")
     assert f"belongs to process {os.getpid()}" in message
     assert f"Sandbox.from_id('{sandbox.id}')" in message
     assert rest == ["refused", "21"]

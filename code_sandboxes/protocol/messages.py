@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["PROTOCOL_VERSION", "Channel", "Message", "Session", "execute_content"]
+__all__ = ["Channel", "Message", "Session", "execute_content"]
 
 Channel = Literal["shell", "iopub", "stdin", "control"]
 
-PROTOCOL_VERSION = "5.4"
+_PROTOCOL_VERSION = "5.4"
 
 _EMPTY: Mapping[str, object] = {}
 
@@ -76,7 +76,7 @@ class Session:
             "session": self.session_id,
             "username": "code_sandboxes",
             "msg_type": msg_type,
-            "version": PROTOCOL_VERSION,
+            "version": _PROTOCOL_VERSION,
             "date": self._date(),
         }
         return Message(channel, header, parent_header, metadata, content, buffers)

@@ -525,8 +525,17 @@ def _warn_once() -> None:
         "local-jupyter has no isolation on this machine but a process of its own: code in it can read and"
         " change what this user can, and reach the network (isolation='none' says that this is intended)",
         SandboxIsolationWarning,
-        stacklevel=7,
+        stacklevel=_frames_of_this_package() + 1,
     )
+
+
+def _frames_of_this_package() -> int:
+    """How many frames, from the caller up, lie between it and the program that uses this package."""
+    frame = sys._getframe(1)
+    count = 0
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("code_sandboxes."):
+        count, frame = count + 1, frame.f_back
+    return count
 
 
 _the_reaper: Reaper | None = None

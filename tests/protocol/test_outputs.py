@@ -343,7 +343,7 @@ def test_a_bundle_may_be_nested_as_deep_as_json_can_be_read() -> None:
     assert len(outputs(Displayed({"application/json": nested}, {}), limit=2**20).results) == 1
 
 
-_printed = st.lists(st.text("ab é\r\n", max_size=30), max_size=12)
+_printed = st.lists(st.text("ab é\r\n", max_size=20), max_size=8)
 
 
 @quick

@@ -397,5 +397,14 @@ def test_a_parent_that_names_nothing_raises_nothing(
         client.routes(Message(message.channel, message.header, parent_header, {}, message.content))
 
 
+def test_every_published_byte_is_counted_whoever_it_is_for(
+    client: ScriptedClient, kernel: ScriptedKernel
+) -> None:
+    foreign = ScriptedClient("somebody else").sends("execute_request")
+    for parent in (client.sends("execute_request"), foreign, None):
+        client.routes(kernel.stream("é\n", to=parent), kernel.stream("x", to=parent, name="stderr"))
+    assert client.router.published == [9, 3]
+
+
 def test_message_ids_are_never_used_twice(client: ScriptedClient) -> None:
     assert len({client.sends("kernel_info_request").msg_id for _ in range(10)}) == 10

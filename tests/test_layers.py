@@ -1,0 +1,109 @@
+"""Who may import whom, and what is public (DESIGN: arrows go down only)."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import code_sandboxes
+
+ROOT = Path(code_sandboxes.__file__).parent
+
+# From the top down; a module imports from its own layer and from those below.
+LAYERS = [
+    {"__init__"},
+    {"sandbox"},
+    {"operations"},
+    {"variants"},
+    {"kernel", "reaper", "guest"},
+    {"inbox", "transports"},
+    {"protocol"},
+    {"config", "info"},
+    {"results"},
+    {"errors"},
+]
+
+# Each foreign library is the business of these modules alone.
+FOREIGN = {
+    "zmq": {"transports/zmq.py"},
+    "jupyter_client": {"variants/jupyter.py"},
+    "traitlets": {"config.py", "variants/jupyter.py"},
+    "ipykernel": {"guest/launch.py"},
+}
+
+SANS_IO = {"socket", "selectors", "select", "threading", "asyncio", "time", "datetime", "os", "subprocess"}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(ROOT.rglob("*.py")):
+        yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(_without_type_checking(tree)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _without_type_checking(tree: ast.Module) -> ast.Module:
+    return ast.Module([node for node in tree.body if not isinstance(node, ast.If)], [])
+
+
+def layer_of(parts: list[str]) -> int:
+    name = parts[0].removesuffix(".py")
+    return next(i for i, layer in enumerate(LAYERS) if name in layer)
+
+
+@pytest.mark.parametrize(("path", "tree"), list(modules()), ids=lambda v: v if isinstance(v, str) else "")
+def test_arrows_go_down_only(path: str, tree: ast.Module) -> None:
+    own = layer_of(path.split("/"))
+    for name in imports(tree):
+        parts = name.split(".")
+        if parts[0] == "code_sandboxes" and len(parts) > 1:
+            try:
+                other = layer_of(parts[1:])
+            except StopIteration:
+                continue  # a name of the package itself
+            assert own <= other, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(("path", "tree"), list(modules()), ids=lambda v: v if isinstance(v, str) else "")
+def test_a_foreign_library_is_imported_where_it_is_used(path: str, tree: ast.Module) -> None:
+    for name in imports(tree):
+        top = name.split(".")[0]
+        assert path in FOREIGN.get(top, {path}), f"{path} imports {top}"
+        if path.startswith("protocol/"):
+            assert top not in SANS_IO, f"{path} imports {top}"
+
+
+def test_import_brings_no_library_along_that_only_a_variant_needs() -> None:
+    program = "import sys, code_sandboxes; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert not {"jupyter_client", "ipykernel", "asyncio", "tornado"} & set(loaded.stdout.split())
+
+
+def test_every_module_lists_what_it_offers_and_the_package_what_is_public() -> None:
+    assert code_sandboxes.__all__ == sorted(code_sandboxes.__all__)
+    for name in code_sandboxes.__all__:
+        assert hasattr(code_sandboxes, name)
+    for path, _ in modules():
+        if path.startswith("guest/") or path.endswith("__init__.py"):
+            continue
+        module = importlib.import_module("code_sandboxes." + path.removesuffix(".py").replace("/", "."))
+        assert all(hasattr(module, name) for name in module.__all__), path
+
+
+def test_the_guest_is_written_for_the_oldest_python() -> None:
+    for path in (ROOT / "guest").glob("*.py"):
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 9))
