@@ -122,7 +122,7 @@ class KernelProcess(Protocol):
     def kill(self) -> None: ...
 
     def release(self) -> None:
-        """Remove what is left after the end; in the worker thread, may block."""
+        """Remove what is left after the end; in a thread of its own, may block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -576,7 +576,7 @@ class Kernel:
             self._recover_output(process)
         self._close_transport()
         self._releasing += 1
-        self._loop.run_blocking(process.release, lambda _, error: self._released(error))
+        self._loop.run_blocking(process.release, lambda _, error: self._released(error), apart=True)
         if self._closing:
             return
         started, self._state = self._state is not _State.STARTING, _State.DEAD

@@ -191,6 +191,7 @@ class Core:
             yield from self._started(self._default_context(None))
         except BaseException:
             yield from self.terminate(orderly=False, why="its start failed")
+            yield from self._remove()  # it may have been terminated before there was anything
             raise
         self.created_at = time.time()
         self._limit_lifetime()
@@ -232,13 +233,18 @@ class Core:
         yield from _close(contexts, f"the sandbox ended: {why}", orderly=orderly)
         if self._lifetime is not None:
             self._lifetime.cancel()
+        yield from self._remove()
+        return True
+
+    def _remove(self) -> Operation[None]:
         removed = Inbox()
-        the_loop().run_blocking(self.variant.remove, lambda _, error: removed.put(_Removed(error)))
+        the_loop().run_blocking(
+            self.variant.remove, lambda _, error: removed.put(_Removed(error)), apart=True
+        )
         event = yield from _next_event(removed)
         _live.discard(self)
         if isinstance(event, _Removed) and event.error is not None:
             raise SandboxConnectionError(f"{self.id} has ended, but not all could be removed: {event.error}")
-        return True
 
     def check_running(self) -> None:
         """
@@ -271,7 +277,10 @@ class Core:
         listen: bool,
         allow_stdin: bool,
     ) -> Operation[ExecutionResult]:
-        """Run *code*; yields what it produces as it comes, if somebody listens."""
+        """Run *code*; yields what it produces as it comes, if somebody listens.
+
+        Bad arguments raise at once, before the operation is driven.
+        """
         self.check_running()
         if not isinstance(code, str):
             raise TypeError(f"code must be a str, not {type(code).__name__}")
@@ -282,6 +291,11 @@ class Core:
                 f"run_code() on the context {held.context.name!r} from inside a callback of its own run"
                 " would wait for itself; use another context"
             )
+        return self._run(held, code, seconds, listen=listen, allow_stdin=allow_stdin)
+
+    def _run(
+        self, held: _Held, code: str, seconds: float, *, listen: bool, allow_stdin: bool
+    ) -> Operation[ExecutionResult]:
         execution = Execution(
             code,
             allow_stdin=allow_stdin,

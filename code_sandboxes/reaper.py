@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 __all__ = ["Reaper"]
@@ -25,31 +26,36 @@ _PERSISTENCE = 3.0
 
 
 class Reaper:
-    """The program's side: say what must not outlive it. To be used from one thread.
+    """The program's side: say what must not outlive it; from any thread.
 
     The watching process is started when there is first something to say, and again if it was ended.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._folders: set[str] = set()
         self._groups: set[int] = set()
 
     def guard_folder(self, folder: str) -> None:
-        self._folders.add(folder)
-        self._tell()
+        with self._lock:
+            self._folders.add(folder)
+            self._tell()
 
     def guard_group(self, process_group: int) -> None:
-        self._groups.add(process_group)
-        self._tell()
+        with self._lock:
+            self._groups.add(process_group)
+            self._tell()
 
     def release_folder(self, folder: str) -> None:
-        self._folders.discard(folder)
-        self._tell()
+        with self._lock:
+            self._folders.discard(folder)
+            self._tell()
 
     def release_group(self, process_group: int) -> None:
-        self._groups.discard(process_group)
-        self._tell()
+        with self._lock:
+            self._groups.discard(process_group)
+            self._tell()
 
     def close(self) -> None:
         """The program ends in an orderly way; what is still guarded is ended now."""

@@ -58,7 +58,7 @@ def test_the_end_is_told_once_and_use_after_it_is_refused(sandbox: Sandbox) -> N
         sandbox.list_contexts,
         sandbox.create_context,
         sandbox.restart,
-        lambda: list(sandbox.run_code_streaming("1")),
+        lambda: sandbox.run_code_streaming("1"),
     ):
         with pytest.raises(SandboxNotStartedError, match="is terminated: it was terminated"):
             use()
@@ -204,6 +204,7 @@ def test_it_works_inside_a_running_event_loop_of_a_notebook(runtime_folder: Path
     assert second.outputs[0]["data"]["text/plain"] == "True"
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # that it is multi-threaded is the point
 def test_a_forked_child_neither_uses_disturbs_nor_ends_the_sandbox(sandbox: Sandbox) -> None:
     sandbox.run_code("x = 1")
     read, write = os.pipe()

@@ -5,6 +5,8 @@ mypy reads it against the package of this tree; the few names it uses are in bot
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 from benchmarks.drivers.service import serve, timed
@@ -21,7 +23,11 @@ class Peer:
         """Seconds from ``create()`` to its first result."""
         began = time.perf_counter()
         self._sandbox = Sandbox.create(variant="jupyter-server")
-        self._sandbox.start()
+        try:
+            self._sandbox.start()
+        except BaseException:
+            _end_server_of(self._sandbox)
+            raise
         text = self._sandbox.run_code("1+1").text
         if str(text) != "2":
             raise RuntimeError(f"1+1 gave {text!r}")
@@ -40,6 +46,13 @@ class Peer:
         if sandbox is not None:
             sandbox.stop()
         return [time.perf_counter() - began]
+
+
+def _end_server_of(sandbox: Sandbox) -> None:
+    """Its ``stop()`` does nothing for a sandbox that did not start, and leaves the server running."""
+    server = getattr(sandbox, "_server_process", None)
+    if server is not None:
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

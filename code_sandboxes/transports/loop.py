@@ -2,9 +2,10 @@
 
 It waits for every socket and process, keeps every deadline, and calls back when one is due. It runs nothing
 of the user's, so that nobody's slow callback delays a time-out, loses output (iopub has no back-pressure)
-or keeps another sandbox waiting. Beside it there is one thread for what blocks: starting processes,
-removing folders. It lives as long as the program, because Linux ties what a child is told about its
-parent's end to the *thread* that started it (prctl(2), PR_SET_PDEATHSIG).
+or keeps another sandbox waiting. Beside it there is one thread that starts processes. It lives as long as
+the program, because Linux ties what a child is told about its parent's end to the *thread* that started it
+(prctl(2), PR_SET_PDEATHSIG). What else blocks, removing folders that code has filled, gets a thread of its
+own for as long as it takes: nobody else's start or end waits for it.
 
 After ``os.fork()`` the child has neither thread and owns nothing: :func:`the_loop` gives it a new one.
 """
@@ -80,9 +81,16 @@ class Loop:
                 return
 
     def run_blocking(
-        self, function: Callable[[], _T], then: Callable[[_T | None, Exception | None], None]
+        self,
+        function: Callable[[], _T],
+        then: Callable[[_T | None, Exception | None], None],
+        *,
+        apart: bool = False,
     ) -> None:
-        """Run *function* in the worker thread, then *then(value, error)* in the I/O thread."""
+        """Run *function* in the worker thread, then *then(value, error)* in the I/O thread.
+
+        With *apart* it gets a thread of its own; without, the order of the calls is kept.
+        """
 
         def work() -> None:
             value: _T | None = None
@@ -93,7 +101,10 @@ class Loop:
                 failure = error
             self.call_soon(lambda: then(value, failure))
 
-        self._blocking.put(work)
+        if apart:
+            threading.Thread(target=work, name="code_sandboxes-apart", daemon=True).start()
+        else:
+            self._blocking.put(work)
 
     def call_at(self, when: float, callback: Callback) -> Timer:
         if len(self._timers) >= self._purge_at:

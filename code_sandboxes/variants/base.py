@@ -75,7 +75,7 @@ class Variant(ABC):
 
     @abstractmethod
     def remove(self) -> None:
-        """Remove what :meth:`prepare` made; in the worker thread, when no kernel is left."""
+        """Remove what :meth:`prepare` made, when no kernel is left; may be called again."""
 
     @classmethod
     def leave(cls) -> None:

@@ -189,9 +189,10 @@ class LocalJupyter(Variant):
         )
 
     def remove(self) -> None:
-        if self._folder != Path():
-            shutil.rmtree(self._folder, onerror=_make_removable)
-            _reaper().release_folder(str(self._folder))
+        folder, self._folder = self._folder, Path()
+        if folder != Path():
+            shutil.rmtree(folder, onerror=_make_removable)
+            _reaper().release_folder(str(folder))
 
     @classmethod
     def leave(cls) -> None:
