@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from code_sandboxes.protocol.events import Displayed, Event, OutputDropped, Streamed, Updated
+from code_sandboxes.protocol.events import Displayed, Event, OutputDropped, Streamed, Updated, json_size
 
 __all__ = ["Inbox"]
 
@@ -23,7 +23,8 @@ class Inbox:
     """
 
     def __init__(self, limit: int = 256 * 1024**2) -> None:
-        self._half = max(1, limit // 2)
+        self._limit = limit
+        self._half = limit // 2
         self._head: deque[tuple[Event, int]] = deque()
         self._tail: deque[tuple[Event, int]] = deque()
         self._head_size = self._tail_size = 0
@@ -37,14 +38,15 @@ class Inbox:
         """Append *event*; called by the I/O thread only. Without *wake* it is found with the next one."""
         size = _size(event)
         with self._lock:
-            if not self._tail and self._head_size + size <= self._half:
+            if not self._tail and (not self._head or self._head_size + size <= self._half):
                 self._head.append((event, size))
                 self._head_size += size
             else:
                 self._tail.append((event, size))
                 self._tail_size += size
-                if self._tail_size > self._half:
-                    self._drop_oldest()
+                room = max(self._half, self._limit - self._head_size)
+                if self._tail_size > room:
+                    self._drop_oldest(room)
         if wake:
             self._wake()
 
@@ -79,9 +81,9 @@ class Inbox:
         if self._arrived.locked():
             self._arrived.release()
 
-    def _drop_oldest(self) -> None:
+    def _drop_oldest(self, room: int) -> None:
         kept: deque[tuple[Event, int]] = deque()
-        while self._tail and self._tail_size > self._half:
+        while self._tail and self._tail_size > room:
             event, size = self._tail.popleft()
             if size:
                 self._tail_size -= size
@@ -93,7 +95,7 @@ class Inbox:
 
 def _size(event: Event) -> int:
     if isinstance(event, Streamed):
-        return len(event.text)
+        return max(1, len(event.text))
     if isinstance(event, (Displayed, Updated)):
-        return 64 + sum(len(value) if isinstance(value, str) else 64 for value in event.data.values())
+        return json_size(event.data) + json_size(event.metadata)
     return 0

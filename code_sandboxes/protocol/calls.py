@@ -83,7 +83,7 @@ class Execution:
         self._execution_count: int | None = None
         self._reply: Replied | None = None
         self._failed: Failed | None = None
-        self._error_shown = False
+        self._error_shown: ExecutionError | None = None
         self._interrupt_asked = False
         self._timed_out: TimedOut | None = None
         self._end: Event | None = None
@@ -114,7 +114,8 @@ class Execution:
         if isinstance(event, Failed):
             return self._show_failure(event, timestamp)
         if isinstance(event, Replied):
-            return self._replied(event, now, timestamp)
+            self._replied(event)
+            return []
         if isinstance(event, InputAsked):
             self.input_asked = event
             return [*self._outputs.flush(timestamp), InputRequest(event.prompt, event.password)]
@@ -123,7 +124,8 @@ class Execution:
 
     def _note(self, event: Event) -> None:
         if isinstance(event, Started):
-            self._execution_count = event.execution_count
+            if event.execution_count is not None:
+                self._execution_count = event.execution_count
         elif isinstance(event, TimedOut):
             self._timed_out = event
         elif isinstance(event, InterruptAsked):
@@ -136,20 +138,17 @@ class Execution:
     def _show_failure(self, event: Failed, timestamp: float) -> list[Output]:
         self._failed = event
         held: list[Output] = [*self._outputs.flush(timestamp)]
-        if event.name == "SystemExit" or self._timed_out or self._interrupt_asked:
+        self._outputs.clear_if_waiting()
+        if event.name in ("SystemExit", "KeyboardInterrupt") or self._timed_out or self._interrupt_asked:
             return held  # what it means is known when the run is over
-        self._error_shown = True
-        return [*held, ExecutionError(event.name, event.value, event.traceback)]
+        self._error_shown = ExecutionError(event.name, event.value, event.traceback)
+        return [*held, self._error_shown]
 
-    def _replied(self, event: Replied, now: float, timestamp: float) -> list[Output]:
+    def _replied(self, event: Replied) -> None:
         self._reply = event
         count = event.content.get("execution_count")
-        if self._execution_count is None and isinstance(count, int):
+        if self._execution_count is None and isinstance(count, int) and not isinstance(count, bool):
             self._execution_count = count
-        shown: list[Output] = []
-        for page in _pages(event.content):
-            shown += self._outputs.feed(page, now, timestamp)
-        return shown
 
     def _finish(self, event: Event, now: float) -> list[Output]:
         self._end = event
@@ -158,12 +157,18 @@ class Execution:
         if isinstance(event, (Died, Terminated)):
             self._state_preserved = False
         shown: list[Output] = [*self._outputs.flush(self._completed_at)]
-        if self.status is ExecutionStatus.EXITED:
-            shown += self._exit_message()
+        for last in self._at_the_end():
+            shown += self._outputs.feed(last, now, self._completed_at)
         error = self._error()
-        if error is not None and not (self._error_shown and self.status is ExecutionStatus.ERROR):
+        if error is not None and error != self._error_shown:
             shown.append(error)
         return shown
+
+    def _at_the_end(self) -> list[Displayed | Streamed]:
+        """What is published nowhere: it comes last, since the reply may overtake what is."""
+        pages = _pages(self._reply.content) if self._reply is not None else []
+        message = self._exit_message() if self.status is ExecutionStatus.EXITED else ""
+        return [*pages, *([Streamed(message + "\n", error=True)] if message else [])]
 
     @property
     def status(self) -> ExecutionStatus:
@@ -216,9 +221,12 @@ class Execution:
 
     def _failure(self) -> Failed:
         """What the code raised: published as it happened, and once more in the reply."""
+        told = self._failed
         if self._reply is not None and "ename" in self._reply.content:
-            return failure(self._reply.content)
-        return self._failed or Failed("Error", "the kernel did not say which", "")
+            replied = failure(self._reply.content)
+            same = told is not None and (told.name, told.value) == (replied.name, replied.value)
+            return told if told is not None and same else replied  # some replies leave out the traceback
+        return told or Failed("Error", "the kernel did not say which", "")
 
     def _error(self) -> ExecutionError | None:
         status = self.status
@@ -228,12 +236,13 @@ class Execution:
             failed = self._failure()
             return ExecutionError(failed.name, failed.value, failed.traceback)
         name, sentence = self._sentence(status)
-        return ExecutionError(name, sentence, self._traceback())
+        return ExecutionError(name, sentence, self._traceback(status))
 
-    def _traceback(self) -> str:
-        if self._failed is not None:
-            return self._failed.traceback
-        return self._end.output if isinstance(self._end, Died) else ""
+    def _traceback(self, status: ExecutionStatus) -> str:
+        last_words = self._end.output if isinstance(self._end, Died) else ""
+        if status is ExecutionStatus.KERNEL_DIED and last_words:
+            return last_words
+        return self._failure().traceback or last_words
 
     def _sentence(self, status: ExecutionStatus) -> tuple[str, str]:
         end = self._end
@@ -273,12 +282,10 @@ class Execution:
             return 0
         return _exit_code_of(self._failure().value)
 
-    def _exit_message(self) -> list[Output]:
+    def _exit_message(self) -> str:
         # sys.exit("message") prints it, as the interpreter does.
         value = self._failure().value if self._reply and self._reply.status == "error" else ""
-        if _exit_code_of(value) != 1 or value in ("1", "True"):
-            return []
-        return [self._outputs.add_line(value, self._completed_at, error=True)]
+        return "" if _exit_code_of(value) != 1 or value in ("1", "True") else value
 
 
 def _exit_code_of(value: str) -> int:

@@ -41,6 +41,7 @@ __all__ = [
     "Welcomed",
     "event_of",
     "failure",
+    "json_size",
     "utf8_size",
 ]
 
@@ -252,14 +253,13 @@ def _replied(message: Message) -> Event | None:
     if status == "abort":  # how protocol versions before 5.0 called it
         status = "aborted"
     if status not in ("ok", "error", "aborted"):
-        raise MalformedContentError(f"status {status!r}")
+        raise MalformedContentError("a status that is none of ok, error and aborted")
     return Replied(str(status), message.content)
 
 
 def _input_asked(message: Message) -> Event:
-    return InputAsked(
-        _str(message, "prompt", ""), message.content.get("password") is True, dict(message.header)
-    )
+    prompt = _utf8(_str(message, "prompt", ""))
+    return InputAsked(prompt, message.content.get("password") is True, dict(message.header))
 
 
 def _status(message: Message) -> Event:
@@ -310,7 +310,7 @@ def failure(content: Mapping[str, object]) -> Failed:
     return Failed(
         _utf8(name) if isinstance(name, str) and name else "Error",
         _utf8(value) if isinstance(value, str) else "",
-        _utf8("\n".join(str(line) for line in lines)) if isinstance(lines, list) else "",
+        _utf8("\n".join(line for line in lines if isinstance(line, str))) if isinstance(lines, list) else "",
     )
 
 
@@ -382,3 +382,20 @@ def _utf8(text: str) -> str:
 def utf8_size(text: str) -> int:
     """How many bytes *text* is."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+
+def json_size(value: object) -> int:
+    """About how many bytes a value from JSON takes; not recursive, since a kernel may nest it deeply."""
+    size = 0
+    values = [value]
+    while values:
+        item = values.pop()
+        size += 8
+        if isinstance(item, str):
+            size += utf8_size(item)
+        elif isinstance(item, Mapping):
+            values += item.keys()
+            values += item.values()
+        elif isinstance(item, list):
+            values += item
+    return size

@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
 
-from code_sandboxes.protocol.events import Cleared, Displayed, Event, Streamed, Updated, utf8_size
+from code_sandboxes.protocol.events import Cleared, Displayed, Event, Streamed, Updated, json_size, utf8_size
 from code_sandboxes.results import Logs, OutputMessage, Result, ResultList
 
 __all__ = ["HOLD", "Displays", "LineSplitter", "LiveResults", "Outputs"]
@@ -30,8 +29,14 @@ class LineSplitter:
     def __init__(self, error: bool) -> None:
         self._error = error
         self._pieces: list[str] = []
+        self._size_of_pieces = 0
         self._carriage_return = False
         self._held_since: float | None = None
+
+    @property
+    def held(self) -> int:
+        """How many bytes are held."""
+        return self._size_of_pieces + self._carriage_return
 
     @property
     def deadline(self) -> float | None:
@@ -59,7 +64,8 @@ class LineSplitter:
         message = OutputMessage(
             "".join(self._pieces), "\r" if self._carriage_return else "", timestamp, self._error
         )
-        self._pieces, self._carriage_return, self._held_since = [], False, None
+        self._pieces, self._size_of_pieces = [], 0
+        self._carriage_return, self._held_since = False, None
         return [message]
 
     def _complete(self, text: str, timestamp: float) -> list[OutputMessage]:
@@ -76,41 +82,60 @@ class LineSplitter:
         if messages and self._pieces:
             first = messages[0]
             messages[0] = OutputMessage("".join(self._pieces) + first.line, first.end, timestamp, error)
-            self._pieces = []
+            self._pieces, self._size_of_pieces = [], 0
         if rest:
             self._pieces.append(rest)
+            self._size_of_pieces += utf8_size(rest)
         return messages
 
 
 class LiveResults(ResultList):
-    """The results of a run that may still change: the writing side of :class:`ResultList`."""
+    """The results of a run that may still change: the writing side of :class:`ResultList`.
 
-    __slots__ = ("_next_key",)
+    Args:
+        limit: bytes that all of them may take; an update beyond it is not kept.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_limit", "_next_key", "_sizes", "truncated")
+
+    def __init__(self, limit: int) -> None:
         super().__init__()
+        self.truncated = False
+        self._limit = limit
         self._next_key = 0
+        self._sizes: dict[int, int] = {}
 
-    def append(self, result: Result) -> int:
+    def append(self, result: Result, size: int) -> int:
         """Show *result* at the end; returns the key to :meth:`discard` it with."""
         key = self._next_key
         self._items[key] = result
+        self._sizes[key] = size
         self._next_key += 1
         return key
 
-    def discard(self, key: int) -> None:
-        self._items.pop(key, None)
+    def discard(self, key: int) -> bool:
+        """Show it no more; False if that was so before."""
+        self._sizes.pop(key, None)
+        return self._items.pop(key, None) is not None
 
     def clear(self) -> None:
         self._items.clear()
+        self._sizes.clear()
 
     def update(self, event: Updated) -> list[Result]:
         """Replace every display of that id; returns what they are now."""
         updated = {
             key: Result(event.data, event.metadata, old.is_main_result, event.display_id)
-            for key, old in self._items.items()
+            for key, old in list(self._items.items())  # the run may be adding to it in another thread
             if old.display_id == event.display_id
         }
+        size = json_size(event.data) + json_size(event.metadata)
+        grown = sum(size - self._sizes.get(key, 0) for key in updated)
+        if grown > 0 and sum(list(self._sizes.values())) + grown > self._limit:
+            self.truncated = True
+            return []
+        for key in updated:
+            self._sizes[key] = size
         self._items.update(updated)
         return list(updated.values())
 
@@ -163,15 +188,21 @@ class Outputs:
     """
 
     def __init__(self, displays: Displays, limit: int) -> None:
-        self.results = LiveResults()
-        self.truncated = False
+        self.results = LiveResults(limit)
+        self._cut = False
         self._displays = displays
         self._limit = limit
         self._stdout, self._stderr = LineSplitter(error=False), LineSplitter(error=True)
         self._head: list[OutputMessage] = []
         self._tail: deque[tuple[OutputMessage | int, int]] = deque()
         self._head_size = self._tail_size = 0
+        self._head_displayed = self._tail_displayed = 0
         self._clear_at_next_output = False
+
+    @property
+    def truncated(self) -> bool:
+        """Something was not kept."""
+        return self._cut or self.results.truncated
 
     @property
     def deadline(self) -> float | None:
@@ -194,23 +225,18 @@ class Outputs:
 
     def flush_due(self, now: float, timestamp: float) -> list[OutputMessage]:
         """The unfinished lines that were held long enough."""
-        due: list[OutputMessage] = []
-        for splitter in (self._stdout, self._stderr):
-            if splitter.deadline is not None and splitter.deadline <= now:
-                due += splitter.flush(timestamp)
-        self._keep_messages(due)
-        return due
+        due = [s for s in (self._stdout, self._stderr) if s.deadline is not None and s.deadline <= now]
+        return [message for splitter in due for message in self._flush(splitter, timestamp)]
 
     def flush(self, timestamp: float) -> list[OutputMessage]:
         """Every unfinished line: something comes that belongs behind it."""
-        held = self._stdout.flush(timestamp) + self._stderr.flush(timestamp)
-        self._keep_messages(held)
-        return held
+        return self._flush(self._stdout, timestamp) + self._flush(self._stderr, timestamp)
 
-    def add_line(self, line: str, timestamp: float, *, error: bool) -> OutputMessage:
-        message = OutputMessage(line, "\n", timestamp, error)
-        self._keep_messages([message], utf8_size(line))
-        return message
+    def _flush(self, splitter: LineSplitter, timestamp: float) -> list[OutputMessage]:
+        size = splitter.held
+        held = splitter.flush(timestamp)
+        self._keep_messages(held, size)
+        return held
 
     def logs(self) -> Logs:
         """What was printed, as far as it was kept."""
@@ -218,75 +244,104 @@ class Outputs:
         return Logs([m for m in kept if not m.error], [m for m in kept if m.error])
 
     def _streamed(self, event: Streamed, now: float, timestamp: float) -> list[OutputMessage]:
-        self._clear_if_waiting()
+        self.clear_if_waiting()
         splitter = self._stderr if event.error else self._stdout
+        size = splitter.held + utf8_size(event.text)
         messages = splitter.feed(event.text, now, timestamp)
-        self._keep_messages(messages, utf8_size(event.text))
+        self._keep_messages(messages, size - splitter.held)
         return messages
 
     def _displayed(self, event: Displayed) -> Result:
-        self._clear_if_waiting()
+        self.clear_if_waiting()
         result = Result(event.data, event.metadata, event.is_main_result, event.display_id)
-        size = _size_of_bundle(event.data)
-        key = self.results.append(result)
+        size = json_size(event.data) + json_size(event.metadata)
+        key = self.results.append(result, size)
         if event.display_id is not None:
             self._displays.show(event.display_id, self.results)
-        self._keep(key, size)
+        self._keep_display(key, size)
         return result
 
     def _clear(self, event: Cleared) -> None:
         if event.wait:
             self._clear_at_next_output = True
         else:
-            self.results.clear()
+            self._clear_results()
 
-    def _clear_if_waiting(self) -> None:
+    def clear_if_waiting(self) -> None:
+        """Something new is shown: what ``clear_output(wait=True)`` has waited for."""
         if self._clear_at_next_output:
             self._clear_at_next_output = False
-            self.results.clear()
+            self._clear_results()
 
-    def _keep_messages(self, messages: list[OutputMessage], arrived: int = 0) -> None:
-        """Keep *messages*; *arrived* is the size of what has just come, of which some may be held still."""
-        if not self._tail and self._head_size + arrived <= self._limit // 2:
+    def _clear_results(self) -> None:
+        self.results.clear()
+        self._head_size -= self._head_displayed
+        self._tail_size -= self._tail_displayed
+        self._head_displayed = self._tail_displayed = 0
+        while self._tail and isinstance(self._tail[-1][0], int):
+            self._tail.pop()
+
+    def _keep_messages(self, messages: list[OutputMessage], size: int) -> None:
+        """Keep *messages*, which take *size* bytes together."""
+        if not self._tail and self._head_size + size <= self._limit // 2:
             self._head += messages
-            self._head_size += arrived
+            self._head_size += size
             return
         for message in messages:
-            self._keep(message, utf8_size(message.line) + len(message.end))
+            self._keep_message(message, utf8_size(message.line) + len(message.end))
 
-    def _keep(self, entry: OutputMessage | int, size: int) -> None:
+    def _keep_message(self, message: OutputMessage, size: int) -> None:
+        room = self._limit // 2 - self._head_size
+        if not self._tail and size <= room:
+            self._keep_in_head(message, size)
+            return
+        if size > self._limit - self._head_size:
+            self._keep_cut(message, 0 if self._tail else room)
+        else:
+            self._keep_in_tail(message, size)
+
+    def _keep_cut(self, message: OutputMessage, room: int) -> None:
+        """Keep the first *room* bytes of a line that is too long, and of what follows as much as fits."""
+        self._cut = True
+        first = _first_bytes(message.line, room)
+        if first:
+            self._keep_in_head(OutputMessage(first, "", message.timestamp, message.error), utf8_size(first))
+        room = self._limit - self._head_size
+        end = message.end[-room:]
+        last = _last_bytes(message.line, room - len(end))
+        self._keep_in_tail(OutputMessage(last, end, message.timestamp, message.error), room)
+
+    def _keep_in_head(self, message: OutputMessage, size: int) -> None:
+        self._head.append(message)
+        self._head_size += size
+
+    def _keep_display(self, key: int, size: int) -> None:
         if not self._tail and self._head_size + size <= self._limit // 2:
             self._head_size += size
-            if isinstance(entry, OutputMessage):
-                self._head.append(entry)
-            return
-        room = self._limit - self._head_size
-        if isinstance(entry, OutputMessage) and size > room:
-            entry = OutputMessage(entry.line[-room:] if room else "", entry.end, entry.timestamp, entry.error)
-            size = min(utf8_size(entry.line), room)
-            self.truncated = True
+            self._head_displayed += size
+        else:
+            self._tail_displayed += size
+            self._keep_in_tail(key, size)
+
+    def _keep_in_tail(self, entry: OutputMessage | int, size: int) -> None:
         self._tail.append((entry, size))
         self._tail_size += size
-        while self._tail_size > room:
+        while self._tail_size > self._limit - self._head_size:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
         entry, size = self._tail.popleft()
-        self._tail_size -= size
-        self.truncated = True
         if isinstance(entry, int):
-            self.results.discard(entry)
+            if not self.results.discard(entry):
+                return  # it was cleared
+            self._tail_displayed -= size
+        self._tail_size -= size
+        self._cut = True
 
 
-def _size_of_bundle(data: Mapping[str, object]) -> int:
-    return sum(_size_of_value(value) for value in data.values())
+def _first_bytes(text: str, size: int) -> str:
+    return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")
 
 
-def _size_of_value(value: object) -> int:
-    if isinstance(value, str):
-        return utf8_size(value)
-    if isinstance(value, Mapping):
-        return sum(len(str(key)) + _size_of_value(item) for key, item in value.items())
-    if isinstance(value, Sequence):
-        return sum(_size_of_value(item) for item in value)
-    return 8
+def _last_bytes(text: str, size: int) -> str:
+    return text.encode("utf-8", "replace")[-size:].decode("utf-8", "ignore") if size else ""

@@ -102,7 +102,9 @@ class Router:
 
     def _is_replaced(self, message: Message) -> bool:
         session = message.header.get("session")
-        if not isinstance(session, str) or session == self._kernel_session:
+        if not session or not isinstance(session, str) or session == self._kernel_session:
+            return False
+        if session == message.parent_header.get("session"):  # IJulia answers under the session of the asker
             return False
         known, self._kernel_session = self._kernel_session, session
         return known is not None

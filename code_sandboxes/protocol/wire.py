@@ -68,9 +68,9 @@ class WireCodec:
             start = frames.index(_DELIMITER)
         except ValueError:
             raise MalformedMessageError("no delimiter <IDS|MSG>") from None
+        if len(frames) < start + 6:
+            raise MalformedMessageError(f"{len(frames) - start - 1} frames instead of signature and parts")
         signature, *parts = frames[start + 1 : start + 6]
-        if len(parts) < 4:
-            raise MalformedMessageError(f"{len(parts)} parts instead of 4")
         self._verify(signature, parts)
         header, parent_header, metadata, content = (_load(part) for part in parts)
         return Message(channel, header, parent_header, metadata, content, frames[start + 6 :])
