@@ -27,7 +27,7 @@ from code_sandboxes.errors import (
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.info import SandboxStatus
 from code_sandboxes.kernel import Ended, Kernel, Limits, Ready, Run, StartFailed
-from code_sandboxes.protocol.calls import Execution, Output
+from code_sandboxes.protocol.calls import Execution, Shown
 from code_sandboxes.protocol.events import Event
 from code_sandboxes.results import (
     Context,
@@ -36,6 +36,7 @@ from code_sandboxes.results import (
     InputRequest,
     Logs,
     OutputMessage,
+    Printed,
     Result,
 )
 from code_sandboxes.transports.loop import Loop, Timer, the_loop
@@ -48,6 +49,7 @@ __all__ = [
     "Handlers",
     "LeftEarly",
     "Operation",
+    "Output",
     "OutputHandler",
     "Step",
     "Wait",
@@ -55,6 +57,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+Output = OutputMessage | Result | ExecutionError
+"""What a run produces, as its caller sees it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,7 @@ class Handlers:
     def listen(self) -> bool:
         return any((self.on_stdout, self.on_stderr, self.on_result, self.on_error))
 
-    def call(self, output: Output) -> object:
+    def call(self, output: Output | InputRequest) -> object:
         """Give *output* to the callback that is meant for it."""
         if isinstance(output, OutputMessage):
             handler = self.on_stderr if output.error else self.on_stdout
@@ -428,9 +433,9 @@ def _follow(
     try:
         while not execution.done:
             try:
-                outputs = yield from _next_outputs(execution, inbox)
+                shown = yield from _next_shown(execution, inbox)
                 if failure is None:
-                    yield from _tell(held, run, execution, outputs, listen=listen)
+                    yield from _tell(held, run, execution, shown, listen=listen)
             except BaseException as error:
                 if failure is not None:
                     raise
@@ -456,7 +461,7 @@ class _CallbackError(Exception):
         self.error = error
 
 
-def _next_outputs(execution: Execution, inbox: Inbox) -> Operation[list[Output]]:
+def _next_shown(execution: Execution, inbox: Inbox) -> Operation[list[Shown]]:
     event = inbox.take()
     if event is not None:
         return execution.feed(event, time.monotonic())
@@ -465,21 +470,27 @@ def _next_outputs(execution: Execution, inbox: Inbox) -> Operation[list[Output]]
 
 
 def _tell(
-    held: _Held, run: Run, execution: Execution, outputs: list[Output], *, listen: bool
+    held: _Held, run: Run, execution: Execution, shown: list[Shown], *, listen: bool
 ) -> Operation[None]:
-    for output in outputs:
-        if isinstance(output, InputRequest):
-            answer = yield Ask(output, held.context.id)
-            if not isinstance(answer, str):
-                raise TypeError(f"on_input must return a str, not {type(answer).__name__}")
-            asked, execution.input_asked = execution.input_asked, None
-            if asked is not None:
-                held.kernel.answer(run, asked, answer)
+    for item in shown:
+        if isinstance(item, InputRequest):
+            yield from _ask(held, run, execution, item)
         elif listen:
-            try:
-                yield Emit(output, held.context.id)
-            except Exception as error:
-                raise _CallbackError(error) from None
+            # A piece of text may be many lines: they are made one by one, as they are told.
+            for output in item if isinstance(item, Printed) else (item,):
+                try:
+                    yield Emit(output, held.context.id)
+                except Exception as error:
+                    raise _CallbackError(error) from None
+
+
+def _ask(held: _Held, run: Run, execution: Execution, request: InputRequest) -> Operation[None]:
+    answer = yield Ask(request, held.context.id)
+    if not isinstance(answer, str):
+        raise TypeError(f"on_input must return a str, not {type(answer).__name__}")
+    asked, execution.input_asked = execution.input_asked, None
+    if asked is not None:
+        held.kernel.answer(run, asked, answer)
 
 
 def _next_event(inbox: Inbox) -> Operation[Event]:

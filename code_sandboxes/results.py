@@ -7,7 +7,9 @@ show below the cell is in its ``results``. Shapes follow the Jupyter messaging d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeVar, overload
@@ -24,6 +26,8 @@ __all__ = [
     "Logs",
     "MIMEType",
     "OutputMessage",
+    "OutputMessages",
+    "Printed",
     "Result",
     "ResultList",
     "Text",
@@ -84,6 +88,77 @@ class OutputMessage:
 
     def __str__(self) -> str:
         return self.line
+
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """Text of one stream that came at once: whole lines, or one that is not ended. Its lines are made when
+    they are asked for: a hundred million empty ones must not take a hundred times their size.
+    """
+
+    text: str
+    timestamp: float = 0.0
+    error: bool = False
+
+    def __iter__(self) -> Iterator[OutputMessage]:
+        start = 0
+        for match in _LINE_END.finditer(self.text):
+            yield OutputMessage(self.text[start : match.start()], match[0], self.timestamp, self.error)
+            start = match.end()
+        if start < len(self.text):
+            yield OutputMessage(self.text[start:], "", self.timestamp, self.error)
+
+
+class OutputMessages(Sequence[OutputMessage]):
+    """The messages of one stream of one run, in order."""
+
+    __slots__ = ("_messages", "_printed")
+
+    def __init__(self, printed: Iterable[Printed] = ()) -> None:
+        self._printed = tuple(printed)
+        self._messages: list[OutputMessage] | None = None
+
+    @property
+    def text(self) -> str:
+        """``"".join(m.line + m.end)`` over all of them."""
+        return "".join([printed.text for printed in self._printed])
+
+    def __iter__(self) -> Iterator[OutputMessage]:
+        return itertools.chain.from_iterable(self._printed)
+
+    @overload
+    def __getitem__(self, index: int) -> OutputMessage: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[OutputMessage]: ...
+
+    def __getitem__(self, index: int | slice) -> OutputMessage | list[OutputMessage]:
+        return self._made()[index]
+
+    def __len__(self) -> int:
+        return len(self._made())
+
+    def __bool__(self) -> bool:
+        return bool(self._printed)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, (OutputMessages, list, tuple)):
+            return self._made() == list(other)
+        return NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._printed)
+
+    def __repr__(self) -> str:
+        return repr(self._made())
+
+    def _made(self) -> list[OutputMessage]:
+        if self._messages is None:
+            self._messages = list(iter(self))
+        return self._messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,5 +420,8 @@ def _raised_for(
 
 
 def _joined(messages: Sequence[OutputMessage]) -> str:
-    text = "".join([message.line + message.end for message in messages])
+    if isinstance(messages, OutputMessages):
+        text = messages.text
+    else:
+        text = "".join([message.line + message.end for message in messages])
     return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")

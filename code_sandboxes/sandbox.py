@@ -407,7 +407,7 @@ class CodeStream:
         try:
             step = next(self._operation)
             while True:
-                if isinstance(step, Emit) and not isinstance(step.output, InputRequest):
+                if isinstance(step, Emit):
                     try:
                         yield step.output
                     except GeneratorExit:

@@ -7,18 +7,36 @@ from collections.abc import Mapping, Sequence
 
 from hypothesis import settings
 
-from code_sandboxes.protocol.calls import Execution, Output
+from code_sandboxes.protocol.calls import Execution, Shown
 from code_sandboxes.protocol.events import Event, KernelReplaced
 from code_sandboxes.protocol.messages import Channel, Message, Session
 from code_sandboxes.protocol.outputs import Displays
 from code_sandboxes.protocol.router import Routed, Router
-from code_sandboxes.results import ExecutionError, OutputMessage, Result
+from code_sandboxes.results import ExecutionError, InputRequest, OutputMessage, Printed, Result
 
-__all__ = ["ScriptedClient", "ScriptedKernel", "ScriptedRun", "errors", "quick", "results", "text"]
+__all__ = [
+    "Output",
+    "ScriptedClient",
+    "ScriptedKernel",
+    "ScriptedRun",
+    "errors",
+    "quick",
+    "results",
+    "text",
+    "told",
+]
 
 quick = settings(deadline=None, max_examples=60, derandomize=True, database=None)
 
 _NOTHING: Mapping[str, object] = {}
+
+
+Output = OutputMessage | Result | ExecutionError | InputRequest
+
+
+def told(shown: Sequence[Shown]) -> list[Output]:
+    """What is shown, line by line."""
+    return [output for item in shown for output in (item if isinstance(item, Printed) else [item])]
 
 
 class ScriptedKernel:
@@ -76,7 +94,7 @@ class ScriptedRun:
         self.shown: list[Output] = []
 
     def feed(self, event: Event, now: float = 0.0) -> None:
-        self.shown += self.execution.feed(event, now)
+        self.shown += told(self.execution.feed(event, now))
 
 
 class ScriptedClient:

@@ -37,13 +37,13 @@ from code_sandboxes.results import (
     ExecutionResult,
     ExecutionStatus,
     InputRequest,
-    OutputMessage,
+    Printed,
     Result,
 )
 
-__all__ = ["Execution", "Output"]
+__all__ = ["Execution", "Shown"]
 
-Output = OutputMessage | Result | ExecutionError | InputRequest
+Shown = Printed | Result | ExecutionError | InputRequest
 
 _FINAL = (Done, Died, ConnectionLost, NotRun, Terminated)
 
@@ -94,18 +94,18 @@ class Execution:
         """When to call :meth:`tick`, if no event comes before."""
         return self._outputs.deadline
 
-    def tick(self, now: float) -> list[Output]:
+    def tick(self, now: float) -> list[Shown]:
         """What is due to be shown without a new event: lines that were held long enough."""
         return [*self._outputs.flush_due(now, now + self._to_epoch)]
 
-    def feed(self, event: Event, now: float) -> list[Output]:
+    def feed(self, event: Event, now: float) -> list[Shown]:
         """What is to be shown now, in order, because of *event*."""
         shown = [*self.tick(now), *self._react(event, now)]
         if isinstance(event, _FINAL):
             shown += self._finish(event, now)
         return shown
 
-    def _react(self, event: Event, now: float) -> list[Output]:
+    def _react(self, event: Event, now: float) -> list[Shown]:
         timestamp = now + self._to_epoch
         if isinstance(event, (Streamed, Displayed, Updated, Cleared)):
             if isinstance(event, Displayed) and event.execution_count is not None:
@@ -135,9 +135,9 @@ class Execution:
         elif isinstance(event, OutputDropped):
             self._output_dropped = True
 
-    def _show_failure(self, event: Failed, timestamp: float) -> list[Output]:
+    def _show_failure(self, event: Failed, timestamp: float) -> list[Shown]:
         self._failed = event
-        held: list[Output] = [*self._outputs.flush(timestamp)]
+        held: list[Shown] = [*self._outputs.flush(timestamp)]
         self._outputs.clear_if_waiting()
         if event.name in ("SystemExit", "KeyboardInterrupt") or self._timed_out or self._interrupt_asked:
             return held  # what it means is known when the run is over
@@ -150,13 +150,13 @@ class Execution:
         if self._execution_count is None and isinstance(count, int) and not isinstance(count, bool):
             self._execution_count = count
 
-    def _finish(self, event: Event, now: float) -> list[Output]:
+    def _finish(self, event: Event, now: float) -> list[Shown]:
         self._end = event
         self.done = True
         self._completed_at = now + self._to_epoch
         if isinstance(event, (Died, Terminated)):
             self._state_preserved = False
-        shown: list[Output] = [*self._outputs.flush(self._completed_at)]
+        shown: list[Shown] = [*self._outputs.flush(self._completed_at)]
         for last in self._at_the_end():
             shown += self._outputs.feed(last, now, self._completed_at)
         error = self._error()

@@ -5,23 +5,23 @@ No clock: every method that depends on time is told what time it is.
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections import deque
 
 from code_sandboxes.protocol.events import Cleared, Displayed, Event, Streamed, Updated, json_size, utf8_size
-from code_sandboxes.results import Logs, OutputMessage, Result, ResultList
+from code_sandboxes.results import Logs, OutputMessages, Printed, Result, ResultList
 
 __all__ = ["HOLD", "Displays", "LineSplitter", "LiveResults", "Outputs"]
 
 HOLD = 0.1
 """Seconds an unfinished line is held for the rest of it."""
 
-_LINE_END = re.compile(r"(\r\n|\r|\n)")
+# What is cut once is cut into pieces of this size, so that little is copied when more has to go.
+_PIECE = 64 * 1024
 
 
 class LineSplitter:
-    """Cut one stream into messages, a line each, wherever the kernel cut it.
+    """Give the text of one stream in whole lines, wherever the kernel cut it.
 
     A ``\\r`` at the end of a chunk may be half of a ``\\r\\n``: it is held like an unfinished line.
     """
@@ -29,64 +29,40 @@ class LineSplitter:
     def __init__(self, error: bool) -> None:
         self._error = error
         self._pieces: list[str] = []
-        self._size_of_pieces = 0
         self._carriage_return = False
         self._held_since: float | None = None
-
-    @property
-    def held(self) -> int:
-        """How many bytes are held."""
-        return self._size_of_pieces + self._carriage_return
 
     @property
     def deadline(self) -> float | None:
         """When :meth:`flush` is due; None while nothing is held."""
         return None if self._held_since is None else self._held_since + HOLD
 
-    def feed(self, text: str, now: float, timestamp: float) -> list[OutputMessage]:
+    def feed(self, text: str, now: float, timestamp: float) -> list[Printed]:
         """The lines that *text* ends."""
         if self._carriage_return:
             text = "\r" + text
         self._carriage_return = text.endswith("\r")
         if self._carriage_return:
             text = text[:-1]
-        messages = self._complete(text, timestamp)
+        end = max(text.rfind("\n"), text.rfind("\r")) + 1
+        lines = "".join([*self._pieces, text[:end]]) if end else ""
+        if end:
+            self._pieces = []
+        if end < len(text):
+            self._pieces.append(text[end:])
         if not self._pieces and not self._carriage_return:
             self._held_since = None
-        elif messages or self._held_since is None:
+        elif end or self._held_since is None:
             self._held_since = now
-        return messages
+        return [Printed(lines, timestamp, self._error)] if end else []
 
-    def flush(self, timestamp: float) -> list[OutputMessage]:
+    def flush(self, timestamp: float) -> list[Printed]:
         """What is held, as a line that is not ended yet."""
         if self._held_since is None:
             return []
-        message = OutputMessage(
-            "".join(self._pieces), "\r" if self._carriage_return else "", timestamp, self._error
-        )
-        self._pieces, self._size_of_pieces = [], 0
-        self._carriage_return, self._held_since = False, None
-        return [message]
-
-    def _complete(self, text: str, timestamp: float) -> list[OutputMessage]:
-        error = self._error
-        if "\r" in text:
-            *parts, rest = _LINE_END.split(text)
-            messages = [
-                OutputMessage(line, end, timestamp, error)
-                for line, end in zip(parts[::2], parts[1::2], strict=True)
-            ]
-        else:
-            *lines, rest = text.split("\n")
-            messages = [OutputMessage(line, "\n", timestamp, error) for line in lines]
-        if messages and self._pieces:
-            first = messages[0]
-            messages[0] = OutputMessage("".join(self._pieces) + first.line, first.end, timestamp, error)
-            self._pieces, self._size_of_pieces = [], 0
-        if rest:
-            self._pieces.append(rest)
-            self._size_of_pieces += utf8_size(rest)
-        return messages
+        text = "".join(self._pieces) + ("\r" if self._carriage_return else "")
+        self._pieces, self._carriage_return, self._held_since = [], False, None
+        return [Printed(text, timestamp, self._error)]
 
 
 class LiveResults(ResultList):
@@ -96,13 +72,14 @@ class LiveResults(ResultList):
         limit: bytes that all of them may take; an update beyond it is not kept.
     """
 
-    __slots__ = ("_limit", "_next_key", "_sizes", "truncated")
+    __slots__ = ("_limit", "_next_key", "_size", "_sizes", "truncated")
 
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.truncated = False
         self._limit = limit
         self._next_key = 0
+        self._size = 0
         self._sizes: dict[int, int] = {}
 
     def append(self, result: Result, size: int) -> int:
@@ -110,17 +87,19 @@ class LiveResults(ResultList):
         key = self._next_key
         self._items[key] = result
         self._sizes[key] = size
+        self._size += size
         self._next_key += 1
         return key
 
     def discard(self, key: int) -> bool:
         """Show it no more; False if that was so before."""
-        self._sizes.pop(key, None)
+        self._size -= self._sizes.pop(key, 0)
         return self._items.pop(key, None) is not None
 
     def clear(self) -> None:
         self._items.clear()
         self._sizes.clear()
+        self._size = 0
 
     def update(self, event: Updated) -> list[Result]:
         """Replace every display of that id; returns what they are now."""
@@ -131,9 +110,10 @@ class LiveResults(ResultList):
         }
         size = json_size(event.data) + json_size(event.metadata)
         grown = sum(size - self._sizes.get(key, 0) for key in updated)
-        if grown > 0 and sum(list(self._sizes.values())) + grown > self._limit:
+        if grown > 0 and self._size + grown > self._limit:
             self.truncated = True
             return []
+        self._size += grown
         for key in updated:
             self._sizes[key] = size
         self._items.update(updated)
@@ -193,8 +173,8 @@ class Outputs:
         self._displays = displays
         self._limit = limit
         self._stdout, self._stderr = LineSplitter(error=False), LineSplitter(error=True)
-        self._head: list[OutputMessage] = []
-        self._tail: deque[tuple[OutputMessage | int, int]] = deque()
+        self._head: list[Printed] = []
+        self._tail: deque[tuple[Printed | int, int]] = deque()
         self._head_size = self._tail_size = 0
         self._head_displayed = self._tail_displayed = 0
         self._clear_at_next_output = False
@@ -209,47 +189,41 @@ class Outputs:
         """When :meth:`flush_due` has something to give."""
         return min((d for d in (self._stdout.deadline, self._stderr.deadline) if d is not None), default=None)
 
-    def feed(self, event: Event, now: float, timestamp: float) -> list[OutputMessage | Result]:
+    def feed(self, event: Event, now: float, timestamp: float) -> list[Printed | Result]:
         """What is to be shown now because of *event*."""
         if isinstance(event, Streamed):
             return [*self._streamed(event, now, timestamp)]
         if isinstance(event, Cleared):
             self._clear(event)
             return []
-        shown: list[OutputMessage | Result] = [*self.flush(timestamp)]
+        shown: list[Printed | Result] = [*self.flush(timestamp)]
         if isinstance(event, Displayed):
             shown.append(self._displayed(event))
         elif isinstance(event, Updated):
             shown += self._displays.update(event)[-1:]
         return shown
 
-    def flush_due(self, now: float, timestamp: float) -> list[OutputMessage]:
+    def flush_due(self, now: float, timestamp: float) -> list[Printed]:
         """The unfinished lines that were held long enough."""
         due = [s for s in (self._stdout, self._stderr) if s.deadline is not None and s.deadline <= now]
-        return [message for splitter in due for message in self._flush(splitter, timestamp)]
+        return [printed for splitter in due for printed in self._kept(splitter.flush(timestamp))]
 
-    def flush(self, timestamp: float) -> list[OutputMessage]:
+    def flush(self, timestamp: float) -> list[Printed]:
         """Every unfinished line: something comes that belongs behind it."""
-        return self._flush(self._stdout, timestamp) + self._flush(self._stderr, timestamp)
-
-    def _flush(self, splitter: LineSplitter, timestamp: float) -> list[OutputMessage]:
-        size = splitter.held
-        held = splitter.flush(timestamp)
-        self._keep_messages(held, size)
-        return held
+        return self._kept(self._stdout.flush(timestamp) + self._stderr.flush(timestamp))
 
     def logs(self) -> Logs:
         """What was printed, as far as it was kept."""
-        kept = [*self._head, *(entry for entry, _ in self._tail if isinstance(entry, OutputMessage))]
-        return Logs([m for m in kept if not m.error], [m for m in kept if m.error])
+        kept = [*self._head, *(entry for entry, _ in self._tail if isinstance(entry, Printed))]
+        return Logs(
+            OutputMessages(printed for printed in kept if not printed.error),
+            OutputMessages(printed for printed in kept if printed.error),
+        )
 
-    def _streamed(self, event: Streamed, now: float, timestamp: float) -> list[OutputMessage]:
+    def _streamed(self, event: Streamed, now: float, timestamp: float) -> list[Printed]:
         self.clear_if_waiting()
         splitter = self._stderr if event.error else self._stdout
-        size = splitter.held + utf8_size(event.text)
-        messages = splitter.feed(event.text, now, timestamp)
-        self._keep_messages(messages, size - splitter.held)
-        return messages
+        return self._kept(splitter.feed(event.text, now, timestamp))
 
     def _displayed(self, event: Displayed) -> Result:
         self.clear_if_waiting()
@@ -281,39 +255,15 @@ class Outputs:
         while self._tail and isinstance(self._tail[-1][0], int):
             self._tail.pop()
 
-    def _keep_messages(self, messages: list[OutputMessage], size: int) -> None:
-        """Keep *messages*, which take *size* bytes together."""
-        if not self._tail and self._head_size + size <= self._limit // 2:
-            self._head += messages
-            self._head_size += size
-            return
-        for message in messages:
-            self._keep_message(message, utf8_size(message.line) + len(message.end))
-
-    def _keep_message(self, message: OutputMessage, size: int) -> None:
-        room = self._limit // 2 - self._head_size
-        if not self._tail and size <= room:
-            self._keep_in_head(message, size)
-            return
-        if size > self._limit - self._head_size:
-            self._keep_cut(message, 0 if self._tail else room)
-        else:
-            self._keep_in_tail(message, size)
-
-    def _keep_cut(self, message: OutputMessage, room: int) -> None:
-        """Keep the first *room* bytes of a line that is too long, and of what follows as much as fits."""
-        self._cut = True
-        first = _first_bytes(message.line, room)
-        if first:
-            self._keep_in_head(OutputMessage(first, "", message.timestamp, message.error), utf8_size(first))
-        room = self._limit - self._head_size
-        end = message.end[-room:]
-        last = _last_bytes(message.line, room - len(end))
-        self._keep_in_tail(OutputMessage(last, end, message.timestamp, message.error), room)
-
-    def _keep_in_head(self, message: OutputMessage, size: int) -> None:
-        self._head.append(message)
-        self._head_size += size
+    def _kept(self, printed: list[Printed]) -> list[Printed]:
+        for each in printed:
+            size = utf8_size(each.text)
+            if not self._tail and size <= self._limit // 2 - self._head_size:
+                self._head.append(each)
+                self._head_size += size
+            else:
+                self._keep_in_tail(each, size)
+        return printed
 
     def _keep_display(self, key: int, size: int) -> None:
         if not self._tail and self._head_size + size <= self._limit // 2:
@@ -323,7 +273,7 @@ class Outputs:
             self._tail_displayed += size
             self._keep_in_tail(key, size)
 
-    def _keep_in_tail(self, entry: OutputMessage | int, size: int) -> None:
+    def _keep_in_tail(self, entry: Printed | int, size: int) -> None:
         self._tail.append((entry, size))
         self._tail_size += size
         while self._tail_size > self._limit - self._head_size:
@@ -336,12 +286,29 @@ class Outputs:
                 return  # it was cleared
             self._tail_displayed -= size
         self._tail_size -= size
+        if isinstance(entry, Printed):
+            self._cut_oldest(entry)
         self._cut = True
 
+    def _cut_oldest(self, printed: Printed) -> None:
+        """Of the oldest text in the tail keep what fits: at the end of the head, and at its own."""
+        data = printed.text.encode("utf-8", "replace")
+        if not self._cut:
+            first = _decoded(data[: max(0, self._limit // 2 - self._head_size)])
+            self._head.append(Printed(first, printed.timestamp, printed.error))
+            self._head_size += utf8_size(first)
+            data = data[utf8_size(first) :]
+        room = max(0, self._limit - self._head_size - self._tail_size)
+        data = data[len(data) - min(room, len(data)) :]
+        for start in range((len(data) - 1) // _PIECE * _PIECE, -1, -_PIECE) if data else ():
+            self._put_back(Printed(_decoded(data[start : start + _PIECE]), printed.timestamp, printed.error))
 
-def _first_bytes(text: str, size: int) -> str:
-    return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")
+    def _put_back(self, printed: Printed) -> None:
+        size = utf8_size(printed.text)
+        self._tail.appendleft((printed, size))
+        self._tail_size += size
 
 
-def _last_bytes(text: str, size: int) -> str:
-    return text.encode("utf-8", "replace")[-size:].decode("utf-8", "ignore") if size else ""
+def _decoded(data: bytes) -> str:
+    """Text that was cut anywhere: without the halves of characters at its ends."""
+    return data.decode("utf-8", "ignore")

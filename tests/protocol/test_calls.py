@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from code_sandboxes.protocol.calls import Execution, Output
+from code_sandboxes.protocol.calls import Execution
 from code_sandboxes.protocol.events import (
     Cleared,
     ConnectionLost,
@@ -37,7 +37,7 @@ from code_sandboxes.results import (
     OutputMessage,
     Result,
 )
-from tests.scripted import ScriptedClient, ScriptedKernel, ScriptedRun, errors, results, text
+from tests.scripted import Output, ScriptedClient, ScriptedKernel, ScriptedRun, errors, results, text, told
 
 OK = Replied("ok", {"status": "ok"})
 ABORTED = Replied("aborted", {"status": "aborted"})
@@ -48,7 +48,7 @@ LOST = ConnectionLost("the kernel tells nothing any more")
 def ran(*events: Event) -> tuple[ExecutionResult, list[Output]]:
     """The result of a run of these events, and what it showed."""
     execution = Execution("")
-    shown = [output for event in events for output in execution.feed(event, 0.0)]
+    shown = [output for event in events for output in told(execution.feed(event, 0.0))]
     assert execution.done
     return execution.result(), shown
 
@@ -188,7 +188,7 @@ def test_an_unfinished_line_is_shown_by_tick_a_tenth_of_a_second_after_it_began(
     deadline = execution.next_deadline()
     assert deadline == 101.0 + HOLD
     assert execution.tick(deadline - 0.001) == []
-    (message,) = execution.tick(deadline)
+    (message,) = told(execution.tick(deadline))
     assert isinstance(message, OutputMessage)
     assert (message.line, message.end) == ("half", "")
     assert message.timestamp == pytest.approx(5001.1)
@@ -198,7 +198,7 @@ def test_an_unfinished_line_is_shown_by_tick_a_tenth_of_a_second_after_it_began(
 def test_a_line_that_is_due_is_shown_before_what_comes_after_it() -> None:
     execution = Execution("")
     execution.feed(Streamed("half", False), 0.0)
-    assert execution.feed(Streamed(" more\n", False), 1.0) == [
+    assert told(execution.feed(Streamed(" more\n", False), 1.0)) == [
         OutputMessage("half", "", 1.0),
         OutputMessage(" more", "\n", 1.0),
     ]
@@ -208,14 +208,14 @@ def test_a_line_that_is_due_is_shown_before_what_comes_after_it() -> None:
 def test_what_is_held_comes_before_what_it_belongs_before(event: Event) -> None:
     execution = Execution("")
     execution.feed(Streamed("half", False), 0.0)
-    assert execution.feed(event, 0.0)[0] == OutputMessage("half", "")
+    assert told(execution.feed(event, 0.0))[0] == OutputMessage("half", "")
 
 
 def test_input_is_asked_after_the_prompt_that_was_printed() -> None:
     execution = Execution("", allow_stdin=True)
     execution.feed(Streamed("your name", False), 0.0)
     asked = InputAsked("? ", True, {"msg_id": "1"})
-    assert execution.feed(asked, 0.0) == [OutputMessage("your name", ""), InputRequest("? ", True)]
+    assert told(execution.feed(asked, 0.0)) == [OutputMessage("your name", ""), InputRequest("? ", True)]
     assert execution.input_asked is asked
 
 
@@ -532,7 +532,7 @@ def test_dropped_output_makes_the_result_truncated() -> None:
 
 def test_max_output_bounds_what_the_result_keeps_and_not_what_is_shown() -> None:
     execution = Execution("", max_output=100)
-    outputs = [o for _ in range(50) for o in execution.feed(Streamed("123456789\n", False), 0.0)]
+    outputs = [o for _ in range(50) for o in told(execution.feed(Streamed("123456789\n", False), 0.0))]
     execution.feed(Done(), 0.0)
     assert text(outputs) == "123456789\n" * 50
     assert execution.result().stdout == ("123456789\n" * 10)[:-1]

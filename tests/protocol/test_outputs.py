@@ -9,17 +9,21 @@ from hypothesis import given, strategies as st
 
 from code_sandboxes.protocol.events import Cleared, Displayed, Event, Streamed, Updated
 from code_sandboxes.protocol.outputs import HOLD, Displays, LineSplitter, Outputs
-from code_sandboxes.results import OutputMessage, Result
+from code_sandboxes.results import OutputMessage, Printed, Result
 from tests.scripted import quick
 
 LIMIT = 1000
 
 
+def lines(printed: Iterable[Printed | Result]) -> list[OutputMessage]:
+    return [message for each in printed if isinstance(each, Printed) for message in each]
+
+
 def cut(*chunks: str) -> list[tuple[str, str]]:
     """The lines of *chunks* that come at once, and what is held at the end."""
     splitter = LineSplitter(error=False)
-    messages = [message for chunk in chunks for message in splitter.feed(chunk, 0.0, 0.0)]
-    return [(message.line, message.end) for message in messages + splitter.flush(0.0)]
+    printed = [each for chunk in chunks for each in splitter.feed(chunk, 0.0, 0.0)]
+    return [(message.line, message.end) for message in lines(printed + splitter.flush(0.0))]
 
 
 def outputs(*events: Event, limit: int = LIMIT, displays: Displays | None = None) -> Outputs:
@@ -86,21 +90,21 @@ def test_it_does_not_matter_where_a_text_is_cut(text: str) -> None:
 def test_a_line_that_comes_in_pieces_is_given_whole_when_it_ends() -> None:
     splitter = LineSplitter(error=True)
     assert splitter.feed("a", 0.0, 7.0) == splitter.feed("b", 0.0, 8.0) == []
-    assert splitter.feed("c\nd", 0.0, 9.0) == [OutputMessage("abc", "\n", 9.0, True)]
+    assert lines(splitter.feed("c\nd", 0.0, 9.0)) == [OutputMessage("abc", "\n", 9.0, True)]
 
 
 def test_a_carriage_return_is_held_for_its_newline() -> None:
     splitter = LineSplitter(error=False)
     assert splitter.feed("a\r", 0.0, 0.0) == []
-    assert splitter.feed("\n", 0.0, 0.0) == [OutputMessage("a", "\r\n")]
+    assert lines(splitter.feed("\n", 0.0, 0.0)) == [OutputMessage("a", "\r\n")]
     assert splitter.deadline is None
 
 
 def test_a_carriage_return_that_was_given_is_not_joined_with_a_newline_any_more() -> None:
     splitter = LineSplitter(error=False)
     splitter.feed("a\r", 0.0, 0.0)
-    assert splitter.flush(0.0) == [OutputMessage("a", "\r")]
-    assert splitter.feed("\n", 0.0, 0.0) == [OutputMessage("", "\n")]
+    assert lines(splitter.flush(0.0)) == [OutputMessage("a", "\r")]
+    assert lines(splitter.feed("\n", 0.0, 0.0)) == [OutputMessage("", "\n")]
 
 
 def test_an_unfinished_line_is_due_a_tenth_of_a_second_after_it_began() -> None:
@@ -129,16 +133,19 @@ def test_each_stream_is_held_for_itself() -> None:
     fed.feed(err("b"), 1.05, 0.0)
     assert fed.deadline == 1.0 + HOLD
     assert fed.flush_due(1.0 + HOLD - 1e-9, 0.0) == []
-    assert fed.flush_due(1.0 + HOLD, 2.0) == [OutputMessage("a", "", 2.0)]
+    assert lines(fed.flush_due(1.0 + HOLD, 2.0)) == [OutputMessage("a", "", 2.0)]
     assert fed.deadline == 1.05 + HOLD
-    assert fed.flush_due(9.0, 3.0) == [OutputMessage("b", "", 3.0, True)]
+    assert lines(fed.flush_due(9.0, 3.0)) == [OutputMessage("b", "", 3.0, True)]
     assert fed.deadline is None
 
 
 @pytest.mark.parametrize("event", [shown("x"), updated("x", "unknown")])
 def test_what_is_held_is_shown_before_a_display(event: Event) -> None:
     fed = outputs(out("a"), err("b"))
-    assert fed.feed(event, 0.0, 0.0)[:2] == [OutputMessage("a", ""), OutputMessage("b", "", error=True)]
+    assert lines(fed.feed(event, 0.0, 0.0))[:2] == [
+        OutputMessage("a", ""),
+        OutputMessage("b", "", error=True),
+    ]
     assert fed.deadline is None
 
 

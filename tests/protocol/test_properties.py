@@ -11,7 +11,7 @@ from itertools import accumulate
 import pytest
 from hypothesis import given, strategies as st
 
-from code_sandboxes.protocol.calls import Execution, Output
+from code_sandboxes.protocol.calls import Execution
 from code_sandboxes.protocol.events import (
     Cleared,
     ConnectionLost,
@@ -36,7 +36,7 @@ from code_sandboxes.protocol.events import (
 from code_sandboxes.protocol.messages import Channel, Message
 from code_sandboxes.protocol.wire import MalformedMessageError, WireCodec
 from code_sandboxes.results import ExecutionResult, ExecutionStatus, OutputMessage
-from tests.scripted import ScriptedClient, ScriptedKernel, errors, quick, text
+from tests.scripted import Output, ScriptedClient, ScriptedKernel, errors, quick, text, told
 
 KERNEL = ScriptedKernel()
 FOREIGN = ScriptedClient("somebody else").sends("execute_request")
@@ -247,7 +247,7 @@ def test_any_events_end_in_a_result_whose_error_fits_its_status(
     events: list[Event], end: Event, max_output: int
 ) -> None:
     execution = Execution("", max_output=max_output)
-    outputs = [output for event in [*events, end] for output in execution.feed(event, 0.0)]
+    outputs = [output for event in [*events, end] for output in told(execution.feed(event, 0.0))]
     result = execution.result()
     assert execution.done
     assert (result.error is None) is (result.status in (ExecutionStatus.OK, ExecutionStatus.EXITED))
