@@ -1,6 +1,7 @@
 """Run code that nobody has read, in a place where it may run."""
 
-from code_sandboxes.config import SandboxConfig
+from typing import TYPE_CHECKING
+
 from code_sandboxes.errors import (
     ContextNotFoundError,
     SandboxConfigurationError,
@@ -34,6 +35,9 @@ from code_sandboxes.results import (
 )
 from code_sandboxes.sandbox import CodeStream, LocalJupyterSandbox, Sandbox
 
+if TYPE_CHECKING:
+    from code_sandboxes.config import SandboxConfig
+
 __all__ = [
     "Capabilities",
     "Capability",
@@ -65,3 +69,11 @@ __all__ = [
     "SandboxTimeoutError",
     "SandboxVariant",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "SandboxConfig":  # brings traitlets along, which takes its time
+        from code_sandboxes.config import SandboxConfig
+
+        return SandboxConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

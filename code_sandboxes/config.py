@@ -1,20 +1,21 @@
 """What a sandbox is asked to be: its settings, and the check that they make sense.
 
-Whether a variant can honour a setting is the variant's to say (``variants/base.py``).
+Whether a variant can honour a setting is the variant's to say (``variants/base.py``). Imported on use:
+traitlets takes longer to import than all the rest of what ``import code_sandboxes`` needs.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from traitlets import Dict, Enum as EnumTrait, Float, Integer, List, TraitError, Unicode
 from traitlets.config import Configurable
 
+from code_sandboxes.checks import check_seconds
 from code_sandboxes.errors import SandboxConfigurationError
 
-__all__ = ["NETWORK_POLICIES", "SandboxConfig", "check_seconds"]
+__all__ = ["NETWORK_POLICIES", "SandboxConfig"]
 
 NETWORK_POLICIES = ("inherit", "all", "none", "allowlist")
 
@@ -77,17 +78,3 @@ class SandboxConfig(Configurable):
         shown = {name: value for name, value in self.settings().items() if name != "env_vars"}
         shown["env_vars"] = sorted(self.env_vars)
         return f"SandboxConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-
-
-def check_seconds(name: str, value: object) -> float:
-    """*value* as a time in seconds.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is negative or not a number of seconds at all.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    if math.isnan(value) or value < 0:
-        raise ValueError(f"{name} must be 0 or more seconds, not {value}")
-    return float(value)

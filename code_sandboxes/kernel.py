@@ -23,8 +23,10 @@ from code_sandboxes.errors import SandboxConnectionError, SandboxError, SandboxN
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.protocol.events import (
     Died,
+    Displayed,
     Done,
     Event,
+    Failed,
     Idle,
     InputAsked,
     InterruptAsked,
@@ -44,9 +46,18 @@ from code_sandboxes.protocol.outputs import Displays, Outputs
 from code_sandboxes.protocol.router import Router
 from code_sandboxes.results import Logs
 from code_sandboxes.transports.loop import Loop, Timer
-from code_sandboxes.transports.zmq import ConnectionInfo, ZmqTransport
 
-__all__ = ["Ended", "Kernel", "KernelInfo", "KernelProcess", "Limits", "Ready", "Run", "StartFailed"]
+__all__ = [
+    "Ended",
+    "Kernel",
+    "KernelInfo",
+    "KernelProcess",
+    "Limits",
+    "Ready",
+    "Run",
+    "StartFailed",
+    "Transport",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -91,11 +102,25 @@ class KernelInfo:
     supported_features: tuple[str, ...]
 
 
+class Transport(Protocol):
+    """What moves the messages of one kernel; see ``transports/``."""
+
+    dropped: Counter[str]
+
+    def open(self) -> None: ...
+
+    def send(self, message: Message) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class KernelProcess(Protocol):
     """What a kernel runs in, as far as the kernel must know. Called in the I/O thread; nothing may block."""
 
-    @property
-    def connection(self) -> ConnectionInfo: ...
+    def transport(
+        self, loop: Loop, identity: str, receive: Callable[[Message], None], max_message: int
+    ) -> Transport:
+        """A new way to it, not opened yet."""
 
     @property
     def interrupt_mode(self) -> Literal["signal", "message"]: ...
@@ -150,6 +175,12 @@ class _State(Enum):
     CLOSED = "closed"
 
 
+# What a caller need not be woken for: it comes with the next event, and the last one always wakes. Streams
+# do always, so that the caller takes them while they come.
+_QUIET = (Started, Replied)
+_QUIET_WITHOUT_LISTENER = (Started, Replied, Displayed, Failed)
+
+
 class Run:
     """One execution on its way through a kernel; the I/O thread's side of it.
 
@@ -157,10 +188,14 @@ class Run:
         content: of the ``execute_request``.
         timeout: seconds from when the kernel gets it; None waits for ever.
         inbox: where its events go.
+        listen: whether somebody wants to see its results as they come.
     """
 
-    def __init__(self, content: Mapping[str, object], timeout: float | None, inbox: Inbox) -> None:
+    def __init__(
+        self, content: Mapping[str, object], timeout: float | None, inbox: Inbox, *, listen: bool = True
+    ) -> None:
         self.content = content
+        self.quiet = _QUIET if listen else _QUIET_WITHOUT_LISTENER
         self.timeout = timeout
         self.inbox = inbox
         self.msg_id = ""
@@ -194,7 +229,7 @@ class Kernel:
         self._state = _State.NEW
         self._closing = False
         self._process: KernelProcess | None = None
-        self._transport: ZmqTransport | None = None
+        self._transport: Transport | None = None
         self._session = _new_session()
         self._router = Router(self._session)
         self._queue: deque[Run] = deque()
@@ -304,12 +339,8 @@ class Kernel:
         self._router = Router(self._session)
         self._heard_iopub = self._welcomed = False
         self.info = None
-        self._transport = ZmqTransport(
-            self._loop,
-            self._process.connection,
-            self._session.session_id,
-            self._receive,
-            self._limits.max_message,
+        self._transport = self._process.transport(
+            self._loop, self._session.session_id, self._receive, self._limits.max_message
         )
         self._transport.open()
         self._shake_hands()
@@ -516,7 +547,7 @@ class Kernel:
             self._pause_clock(run)
         elif isinstance(event, Replied):
             self._settle(run)
-        run.inbox.put(event, wake=not isinstance(event, (Started, Replied)))
+        run.inbox.put(event, wake=not isinstance(event, run.quiet))
         if isinstance(event, Started):
             run.started = True
             if run.stopping:

@@ -16,9 +16,9 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from code_sandboxes.config import SandboxConfig, check_seconds
+from code_sandboxes.checks import check_seconds
 from code_sandboxes.errors import (
     ContextNotFoundError,
     SandboxConnectionError,
@@ -41,6 +41,9 @@ from code_sandboxes.results import (
 )
 from code_sandboxes.transports.loop import Loop, Timer, the_loop
 from code_sandboxes.variants.base import Variant
+
+if TYPE_CHECKING:
+    from code_sandboxes.config import SandboxConfig
 
 __all__ = [
     "Ask",
@@ -311,7 +314,7 @@ class Core:
             started_at=time.time(),
         )
         inbox = Inbox(self.variant.max_output)
-        run = Run(execution.content, seconds or None, inbox)
+        run = Run(execution.content, seconds or None, inbox, listen=listen)
         held.kernel.execute(run)
         return (yield from _follow(held, run, execution, inbox, listen=listen))
 

@@ -10,10 +10,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from code_sandboxes import operations
-from code_sandboxes.config import SandboxConfig
 from code_sandboxes.info import Capabilities, ResourceConfig, SandboxInfo, SandboxStatus, SandboxVariant
 from code_sandboxes.operations import (
     Ask,
@@ -37,6 +36,9 @@ from code_sandboxes.results import (
     Result,
 )
 from code_sandboxes.variants.base import Variant
+
+if TYPE_CHECKING:
+    from code_sandboxes.config import SandboxConfig
 
 __all__ = ["CodeStream", "LocalJupyterSandbox", "Sandbox"]
 
@@ -71,6 +73,8 @@ class Sandbox:
         tags: Mapping[str, str] | None = None,
         **options: object,
     ) -> None:
+        from code_sandboxes.config import SandboxConfig
+
         if type(self) is Sandbox:
             raise TypeError("a Sandbox is made by Sandbox.create(), or by the class of its variant")
         if config is not None and not isinstance(config, SandboxConfig):

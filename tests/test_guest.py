@@ -31,7 +31,7 @@ def test_the_kernel_is_tuned(shared_sandbox: Sandbox) -> None:
         " k.iopub_thread.socket.sndhwm)"
     )
 
-    assert result.stdout == "0.0 0.01 False 0"
+    assert result.stdout == "0.0 0.005 False 0"
 
 
 @pytest.mark.parametrize(

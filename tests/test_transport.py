@@ -21,8 +21,8 @@ from code_sandboxes.protocol.events import Event, Streamed
 from code_sandboxes.protocol.messages import Message, Session
 from code_sandboxes.protocol.wire import WireCodec
 from code_sandboxes.results import ExecutionResult
-from code_sandboxes.transports.loop import the_loop
-from code_sandboxes.transports.zmq import ConnectionInfo
+from code_sandboxes.transports.loop import Loop, the_loop
+from code_sandboxes.transports.zmq import ConnectionInfo, ZmqTransport
 
 KEY = "a key"
 PORTS = {"shell": 1, "iopub": 2, "stdin": 3, "control": 4, "hb": 5}
@@ -98,6 +98,11 @@ class ScriptedKernel(threading.Thread):
         self.publish("status", {"execution_state": "idle"}, request.header)
 
     # What the kernel object wants of a process.
+
+    def transport(
+        self, loop: Loop, identity: str, receive: Callable[[Message], None], max_message: int
+    ) -> ZmqTransport:
+        return ZmqTransport(loop, self.connection, identity, receive, max_message)
 
     def watch(self, loop: object, ended: Callable[[], None]) -> None:
         self._ended = ended

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, cast
 
 # Seconds that ipykernel waits for more text before it publishes; 0.2 by default.
-FLUSH_INTERVAL = 0.01
+FLUSH_INTERVAL = 0.005
 
 
 def import_kernelapp() -> ModuleType:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 from code_sandboxes.protocol.messages import Channel, Message
@@ -96,12 +96,18 @@ class WireCodec:
             self._older, self._recent = self._recent, set()
 
 
-def _dump(part: object) -> bytes:
+# Kept, because json.dumps() with arguments of its own makes one at every call.
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def _dump(part: Mapping[str, object]) -> bytes:
     # A lone surrogate has no UTF-8: it becomes "?" here as it does in what a kernel prints.
-    return json.dumps(part, ensure_ascii=False, separators=(",", ":"), default=str).encode("utf-8", "replace")
+    return _encoder.encode(part).encode("utf-8", "replace") if part else b"{}"
 
 
 def _load(part: bytes) -> dict[str, object]:
+    if part == b"{}":
+        return {}
     # Python's encoder lets through what is no UTF-8 ("surrogateescape"); such bytes become U+FFFD.
     try:
         value = json.loads(part.decode("utf-8", "replace"))

@@ -73,12 +73,16 @@ class Loop:
     def call_soon(self, callback: Callback) -> None:
         """Call *callback* in the I/O thread, after what was asked for before."""
         self._calls.append(callback)
-        if not self._awake:
+        if not self._awake and not self.is_here():
             self._awake = True
             try:
                 self._waker.send(b"\0")
             except BlockingIOError:  # so many wake-ups are waiting that it will wake anyway
                 return
+
+    def is_here(self) -> bool:
+        """Is the caller a callback of this loop?"""
+        return threading.get_ident() == self._thread.ident
 
     def run_blocking(
         self,

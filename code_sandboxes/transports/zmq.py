@@ -92,7 +92,10 @@ class ZmqTransport:
     def send(self, message: Message) -> None:
         """Send *message*; from any thread. It is encoded here, in the caller's time."""
         frames = self._codec.encode(message)
-        self._loop.call_soon(lambda: self._send_frames(message.channel, frames))
+        if self._loop.is_here():
+            self._send_frames(message.channel, frames)
+        else:
+            self._loop.call_soon(lambda: self._send_frames(message.channel, frames))
 
     def close(self) -> None:
         self._closed = True
@@ -148,20 +151,19 @@ class _Channel:
 
     def read(self) -> None:
         for _ in range(_TURN):
-            if self._closed:
+            if self._closed or not self._can_read():
                 return
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._deliver(frames)
+            self._deliver(self._socket.recv_multipart(zmq.NOBLOCK))
         self._loop.call_again(self.read)
 
     def send(self, frames: list[bytes | memoryview]) -> None:
         self._socket.send_multipart(frames, zmq.NOBLOCK)
         # Sending may have taken the signal for something that has arrived (zmq_getsockopt(3), ZMQ_FD).
-        if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        if self._can_read():
             self._loop.call_again(self.read)
+
+    def _can_read(self) -> bool:
+        return bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def close(self) -> None:
         self._closed = True

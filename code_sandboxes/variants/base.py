@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from code_sandboxes.config import SandboxConfig
 from code_sandboxes.errors import SandboxConfigurationError
 from code_sandboxes.info import Capabilities, SandboxVariant
 from code_sandboxes.kernel import KernelProcess
+
+if TYPE_CHECKING:
+    from code_sandboxes.config import SandboxConfig
 
 __all__ = ["Variant"]
 

@@ -28,18 +28,20 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
-from code_sandboxes.config import SandboxConfig
 from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError, SandboxIsolationWarning
 from code_sandboxes.guest import journal
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
 from code_sandboxes.protocol.events import Streamed
+from code_sandboxes.protocol.messages import Message
 from code_sandboxes.reaper import Reaper
 from code_sandboxes.transports.loop import Loop
-from code_sandboxes.transports.zmq import ConnectionInfo
+from code_sandboxes.transports.zmq import ConnectionInfo, ZmqTransport
 from code_sandboxes.variants.base import Variant
 
 if TYPE_CHECKING:
     from jupyter_client.kernelspec import KernelSpec
+
+    from code_sandboxes.config import SandboxConfig
 
 __all__ = ["LocalJupyter"]
 
@@ -222,9 +224,10 @@ class LocalProcess:
         self._said_size = 0
         self._has_ended = False
 
-    @property
-    def connection(self) -> ConnectionInfo:
-        return self._connection
+    def transport(
+        self, loop: Loop, identity: str, receive: Callable[[Message], None], max_message: int
+    ) -> ZmqTransport:
+        return ZmqTransport(loop, self._connection, identity, receive, max_message)
 
     @property
     def interrupt_mode(self) -> Literal["signal", "message"]:
