@@ -9,7 +9,6 @@ path for all of them: interrupt the code, wait until it has stopped or was kille
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 import weakref
@@ -169,7 +168,7 @@ class Core:
     def __init__(
         self, variant: Variant, config: SandboxConfig, name: str | None, tags: Mapping[str, str]
     ) -> None:
-        self.id = f"{variant.name}:{secrets.token_hex(8)}"
+        self.id = f"{variant.name}:{os.urandom(8).hex()}"
         self.name = name
         self.tags = dict(tags)
         self.config = config
@@ -403,7 +402,7 @@ class Core:
         self, name: str | None, language: str | None, cwd: str | None, env: Mapping[str, str]
     ) -> _Held:
         kernel_name = self.variant.kernel_name(language)
-        context_id = secrets.token_hex(4)
+        context_id = os.urandom(4).hex()
         with self._lock:
             name = context_id if name is None else name
             if any(name in (held.context.name, held.context.id) for held in self._contexts.values()):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from code_sandboxes import (
+    ExecutionResult,
     ExecutionStatus,
     Sandbox,
     SandboxConnectionError,
@@ -213,23 +214,26 @@ def test_a_sandbox_that_ends_during_a_run_cuts_it_short_and_says_so(
 
 
 def test_runs_that_wait_for_their_turn_when_the_sandbox_ends_were_not_run(sandbox: Sandbox) -> None:
-    results = []
+    results: dict[str, ExecutionResult] = {}
     begun = threading.Event()
-    first = threading.Thread(
-        target=lambda: results.append(
-            sandbox.run_code("print(1)\nimport time; time.sleep(60)", on_stdout=lambda _: begun.set())
-        )
-    )
+
+    def run(name: str, code: str) -> None:
+        results[name] = sandbox.run_code(code, on_stdout=lambda _: begun.set())
+
+    first = threading.Thread(target=run, args=("first", "print(1)\nimport time; time.sleep(60)"))
     first.start()
-    begun.wait(30)
-    second = threading.Thread(target=lambda: results.append(sandbox.run_code("print(2)")))
+    assert begun.wait(30)
+    second = threading.Thread(target=run, args=("second", "print(2)"))
     second.start()
-    _wait_until(lambda: second.is_alive() and sandbox.is_executing)
+    kernel = sandbox._core._contexts["default"].kernel
+    _wait_until(lambda: len(kernel._queue) == 1)
     sandbox.kill()
     first.join(30)
     second.join(30)
 
-    assert [result.status for result in results] == ["interrupted", "aborted"]
+    assert (results["first"].status, results["second"].status) == ("interrupted", "aborted")
+    assert results["second"].error is not None
+    assert results["second"].error.value == "not run: the sandbox ended: it was killed"
 
 
 def test_a_slow_callback_does_not_delay_the_timeout(sandbox: Sandbox) -> None:
