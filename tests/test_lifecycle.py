@@ -104,7 +104,7 @@ def test_nothing_is_left_of_a_sandbox_that_ended(
     getattr(sandbox, end)()
 
     assert set(runtime_folder.iterdir()) == before
-    _wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    _wait_until(lambda: not any(_lives(pid) for pid in pids))
 
 
 def test_the_folder_of_a_sandbox_is_closed_to_other_users(sandbox: Sandbox, runtime_folder: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_program_killed_with_sigkill_leaves_nothing(run_program: RunProgram, t
     program.wait()
     program.stdout.close()
 
-    _wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), seconds=5)
+    _wait_until(lambda: not any(_lives(pid) for pid in pids), seconds=5)
     _wait_until(lambda: not any(folder.iterdir()), seconds=5)
     _wait_until(lambda: not _processes_naming(str(folder)), seconds=5)
 
@@ -304,7 +304,7 @@ def test_a_forked_child_that_lives_on_does_not_keep_the_sandbox_of_a_killed_prog
     program.kill()
     program.wait()
     try:
-        _wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), seconds=5)
+        _wait_until(lambda: not any(_lives(pid) for pid in pids), seconds=5)
         _wait_until(lambda: not any(folder.iterdir()), seconds=5)
         assert psutil.pid_exists(child)
     finally:
@@ -321,7 +321,7 @@ def test_a_program_that_just_ends_leaves_nothing_and_says_nothing_of_it(
 
     assert rest == ""
     assert list(folder.iterdir()) == []
-    _wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    _wait_until(lambda: not any(_lives(pid) for pid in pids))
     said = capfd.readouterr().err
     assert "code_sandboxes" not in said
     assert "ResourceWarning" not in said
@@ -344,6 +344,14 @@ def _processes_naming(text: str) -> list[int]:
         if any(text in argument for argument in process.info["cmdline"] or ()):
             found.append(process.pid)
     return found
+
+
+def _lives(pid: int) -> bool:
+    """It is there, and not only because its new parent has not asked yet how it ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _pid(sandbox: Sandbox) -> int:

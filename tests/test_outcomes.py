@@ -239,7 +239,7 @@ def test_runs_that_wait_for_their_turn_when_the_sandbox_ends_were_not_run(sandbo
 def test_a_slow_callback_does_not_delay_the_timeout(sandbox: Sandbox) -> None:
     result = sandbox.run_code(
         "import time\nt = time.time()\nprint('on')\ntry: time.sleep(60)\nfinally: print(time.time() - t)",
-        on_stdout=lambda _: time.sleep(2.5),
+        on_stdout=lambda m: time.sleep(2.5) if m.line == "on" else None,
         timeout=1,
     )
 
