@@ -71,6 +71,7 @@ class Sandbox:
         network_policy: str | None = None,
         allowed_hosts: list[str] | None = None,
         tags: Mapping[str, str] | None = None,
+        snapshot_name: str | None = None,
         **options: object,
     ) -> None:
         from code_sandboxes.config import SandboxConfig
@@ -91,6 +92,8 @@ class Sandbox:
         }
         settings = (config or SandboxConfig()).replace(changes)
         variant = _variant_class(self._variant)(settings, options)
+        if snapshot_name is not None:
+            raise variant.refuse(f"restore the snapshot {snapshot_name!r}", "it cannot make any yet")
         self._core = Core(variant, settings, name, tags or {})
 
     @classmethod
@@ -109,6 +112,7 @@ class Sandbox:
         network_policy: str | None = None,
         allowed_hosts: list[str] | None = None,
         tags: Mapping[str, str] | None = None,
+        snapshot_name: str | None = None,
         **options: object,
     ) -> Sandbox:
         """A running sandbox.
@@ -126,6 +130,7 @@ class Sandbox:
             network_policy: ``inherit``, ``all``, ``none`` or ``allowlist``.
             allowed_hosts: read under ``allowlist`` only.
             tags: to find it by.
+            snapshot_name: what to start from, where the variant has snapshots.
             options: those of the variant.
 
         Raises:
@@ -146,6 +151,7 @@ class Sandbox:
             network_policy=network_policy,
             allowed_hosts=allowed_hosts,
             tags=tags,
+            snapshot_name=snapshot_name,
             **options,
         )
         sandbox.start()

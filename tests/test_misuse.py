@@ -82,6 +82,11 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
         "local-jupyter cannot start in working_dir='/nowhere': there is no such directory on this machine",
     ),
     (
+        {"snapshot_name": "mine"},
+        "SandboxConfigurationError",
+        "local-jupyter cannot restore the snapshot 'mine': it cannot make any yet",
+    ),
+    (
         {"kernel_name": "cobol"},
         "SandboxConfigurationError",
         r"no kernelspec 'cobol' on this machine \(installed: bash, .*python3.*\)",
@@ -188,7 +193,7 @@ def test_a_kernelspec_that_is_no_json_does_not_harm_the_others(
 @pytest.mark.parametrize(
     ("folder", "sentence"),
     [
-        ("/proc/no/folder", "cannot make the runtime folder /proc/no/folder: No such file or directory; set"),
+        ("/dev/null/no", "cannot make the runtime folder /dev/null/no: Not a directory; set"),
         ("/usr", "the runtime folder /usr is not a folder that only this user can enter; set"),
         ("{tmp}/" + "long" * 20, r"the path of the runtime folder .* bytes too long for sockets; set"),
     ],

@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 
+import psutil
 import pytest
 
 from code_sandboxes import (
@@ -126,7 +127,7 @@ def test_a_kernel_killed_from_outside_is_reported_within_a_second(sandbox: Sandb
 def test_a_kernel_that_died_between_runs_is_told_by_the_next_one(sandbox: Sandbox) -> None:
     pid = int(sandbox.run_code("x = 1\nimport os; os.getpid()").text or 0)
     os.kill(pid, signal.SIGKILL)
-    _wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
+    _wait_until(lambda: not psutil.pid_exists(pid))
     result = sandbox.run_code("'x' in globals()")
 
     assert (result.status, result.text) == ("ok", "False")

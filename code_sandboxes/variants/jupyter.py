@@ -193,7 +193,10 @@ class LocalJupyter(Variant):
     def remove(self) -> None:
         folder, self._folder = self._folder, Path()
         if folder != Path():
-            shutil.rmtree(folder, onerror=_make_removable)
+            if sys.version_info >= (3, 12):
+                shutil.rmtree(folder, onexc=_make_removable)
+            else:
+                shutil.rmtree(folder, onerror=_make_removable)
             _reaper().release_folder(str(folder))
 
     @classmethod
@@ -236,25 +239,26 @@ class LocalProcess:
     def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
         os.set_blocking(self._stderr, False)
         loop.add_reader(self._stderr, lambda: self._hear(loop))
-        if hasattr(os, "pidfd_open"):
+        try:
             pidfd = os.pidfd_open(self._process.pid)
-            loop.add_reader(pidfd, lambda: self._ended(loop, pidfd, ended))
-        else:
+        except (AttributeError, OSError):  # macOS, or a kernel before Linux 5.3
             self._look(loop, ended)
+            return
+        loop.add_reader(pidfd, lambda: self._exited(loop, pidfd, ended))
+
+    def _exited(self, loop: Loop, pidfd: int, ended: Callable[[], None]) -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        self._ended(loop, ended)
 
     def _look(self, loop: Loop, ended: Callable[[], None]) -> None:
-        # macOS has no pidfd: look ten times a second, without reaping.
-        status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if status is None:
-            loop.call_later(0.1, lambda: self._look(loop, ended))
+        if self._process.poll() is None:
+            loop.call_later(0.05, lambda: self._look(loop, ended))
         else:
-            self._ended(loop, None, ended)
+            self._ended(loop, ended)
 
-    def _ended(self, loop: Loop, pidfd: int | None, ended: Callable[[], None]) -> None:
-        if pidfd is not None:
-            loop.remove_reader(pidfd)
-            os.close(pidfd)
-        # Children it left, while the dead leader still keeps the group's number from being used again.
+    def _ended(self, loop: Loop, ended: Callable[[], None]) -> None:
+        # Children it left go now, while the dead leader still keeps the group's number from being used again.
         self._signal_group(signal.SIGKILL)
         self._has_ended = True
         self._process.wait()
