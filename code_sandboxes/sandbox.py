@@ -6,17 +6,16 @@ It needs no event loop and disturbs none, so it works in a notebook cell and fro
 from __future__ import annotations
 
 import atexit
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from code_sandboxes import operations
-from code_sandboxes.info import Capabilities, ResourceConfig, SandboxInfo, SandboxStatus, SandboxVariant
+from code_sandboxes.front import Front, known_variant
+from code_sandboxes.info import SandboxStatus, SandboxVariant
 from code_sandboxes.operations import (
     Ask,
-    Core,
     Emit,
     Handlers,
     LeftEarly,
@@ -31,11 +30,9 @@ from code_sandboxes.results import (
     ExecutionError,
     ExecutionResult,
     InputRequest,
-    Logs,
     OutputMessage,
     Result,
 )
-from code_sandboxes.variants.base import Variant
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
@@ -45,56 +42,13 @@ __all__ = ["CodeStream", "LocalJupyterSandbox", "Sandbox"]
 T = TypeVar("T")
 SandboxT = TypeVar("SandboxT", bound="Sandbox")
 
-_MIB = 1024**2
 
-
-class Sandbox:
+class Sandbox(Front):
     """A place where code can run; :meth:`create` gives a running one.
 
     ``with`` terminates it at the end. It may be used from many threads: runs on one context queue in order,
     runs on different contexts go side by side.
     """
-
-    _variant: ClassVar[SandboxVariant]
-
-    def __init__(
-        self,
-        *,
-        config: SandboxConfig | None = None,
-        timeout: float | None = None,
-        name: str | None = None,
-        environment: str | None = None,
-        gpu: str | None = None,
-        cpu: float | None = None,
-        memory: int | None = None,
-        env: Mapping[str, str] | None = None,
-        network_policy: str | None = None,
-        allowed_hosts: list[str] | None = None,
-        tags: Mapping[str, str] | None = None,
-        snapshot_name: str | None = None,
-        **options: object,
-    ) -> None:
-        from code_sandboxes.config import SandboxConfig
-
-        if type(self) is Sandbox:
-            raise TypeError("a Sandbox is made by Sandbox.create(), or by the class of its variant")
-        if config is not None and not isinstance(config, SandboxConfig):
-            raise TypeError(f"config must be a SandboxConfig, not {type(config).__name__}")
-        changes = {
-            "timeout": timeout,
-            "environment": environment,
-            "gpu": gpu,
-            "cpu_limit": cpu,
-            "memory_limit": None if memory is None else memory * _MIB,
-            "env_vars": None if env is None else dict(env),
-            "network_policy": network_policy,
-            "allowed_hosts": allowed_hosts,
-        }
-        settings = (config or SandboxConfig()).replace(changes)
-        variant = _variant_class(self._variant)(settings, options)
-        if snapshot_name is not None:
-            raise variant.refuse(f"restore the snapshot {snapshot_name!r}", "it cannot make any yet")
-        self._core = Core(variant, settings, name, tags or {})
 
     @classmethod
     def create(
@@ -139,7 +93,7 @@ class Sandbox:
             SandboxConfigurationError: the variant cannot honour a setting.
             SandboxConnectionError: its kernel did not start; what it said is in the message.
         """
-        sandbox = _sandbox_class(variant)(
+        sandbox = _CLASSES[known_variant(variant)](
             config=config,
             timeout=timeout,
             name=name,
@@ -156,11 +110,6 @@ class Sandbox:
         )
         sandbox.start()
         return sandbox
-
-    @staticmethod
-    def capabilities_of(variant: SandboxVariant | str) -> Capabilities:
-        """What *variant* can do on this machine."""
-        return _variant_class(_sandbox_class(variant)._variant).capabilities()
 
     # Life.
 
@@ -200,9 +149,6 @@ class Sandbox:
         traceback: TracebackType | None,
     ) -> None:
         self.terminate()
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.id} {self.status}>"
 
     # Code.
 
@@ -281,16 +227,6 @@ class Sandbox:
         """
         return self._core.interrupt(context)
 
-    @property
-    def is_executing(self) -> bool:
-        """A run is on, or waits for its turn."""
-        return self._core.is_executing
-
-    @property
-    def background_output(self) -> Logs:
-        """What threads and child processes printed while no run was on; the latest MiB of it."""
-        return self._core.background_output
-
     # Contexts.
 
     def create_context(
@@ -320,65 +256,6 @@ class Sandbox:
     def delete_context(self, context: Context | str) -> None:
         """End its kernel."""
         _drive(self._core.delete_context(context))
-
-    # What it is.
-
-    @property
-    def id(self) -> str:
-        """Tells its variant, and is unique."""
-        return self._core.id
-
-    sandbox_id = id
-
-    @property
-    def name(self) -> str | None:
-        return self._core.name
-
-    @property
-    def variant(self) -> SandboxVariant:
-        return self._variant
-
-    @property
-    def config(self) -> SandboxConfig:
-        return self._core.config
-
-    @property
-    def status(self) -> SandboxStatus:
-        return self._core.status
-
-    @property
-    def is_running(self) -> bool:
-        return self._core.status is SandboxStatus.RUNNING
-
-    @property
-    def tags(self) -> Mapping[str, str]:
-        return dict(self._core.tags)
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Replace its tags."""
-        self._core.tags = dict(tags)
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What it can do."""
-        return self._core.variant.capabilities()
-
-    @property
-    def info(self) -> SandboxInfo:
-        """What it is now."""
-        core = self._core
-        return SandboxInfo(
-            id=core.id,
-            variant=self._variant,
-            status=core.status,
-            created_at=core.created_at,
-            end_at=core.end_at,
-            name=core.name,
-            tags=dict(core.tags),
-            config=core.config,
-            resources=ResourceConfig(core.config.cpu_limit, core.config.memory_limit, core.config.gpu),
-            isolation=core.variant.isolation,
-        )
 
 
 class LocalJupyterSandbox(Sandbox):
@@ -473,21 +350,7 @@ def _perform(step: Step, handlers: Handlers) -> object:
         running_inside.reset(inside)
 
 
-def _sandbox_class(variant: SandboxVariant | str | None) -> type[Sandbox]:
-    if variant is None:
-        variant = os.environ.get("CODE_SANDBOXES_VARIANT") or SandboxVariant.LOCAL_JUPYTER
-    for sandbox_class in (LocalJupyterSandbox,):
-        if sandbox_class._variant == variant:
-            return sandbox_class
-    known = ", ".join(sorted(SandboxVariant))
-    raise ValueError(f"no sandbox variant {str(variant)!r} (known: {known})")
-
-
-def _variant_class(variant: SandboxVariant) -> type[Variant]:
-    # Imported on use: each brings the libraries of its own world along.
-    from code_sandboxes.variants.jupyter import LocalJupyter
-
-    return {SandboxVariant.LOCAL_JUPYTER: LocalJupyter}[variant]
+_CLASSES = {each._variant: each for each in (LocalJupyterSandbox,)}
 
 
 def _end_all() -> None:

@@ -19,6 +19,7 @@ ROOT = Path(code_sandboxes.__file__).parent
 LAYERS = [
     {"__init__"},
     {"sandbox"},
+    {"front"},
     {"operations"},
     {"variants"},
     {"kernel", "reaper", "guest"},

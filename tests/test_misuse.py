@@ -207,7 +207,7 @@ def test_a_runtime_folder_that_cannot_be_used_is_told(
 
 
 def test_the_front_itself_is_no_sandbox() -> None:
-    with pytest.raises(TypeError, match=r"a Sandbox is made by Sandbox\.create\(\)"):
+    with pytest.raises(TypeError, match=r"Sandbox is made by Sandbox\.create\(\)"):
         Sandbox()
 
 
