@@ -36,9 +36,13 @@ from code_sandboxes.results import (
 from code_sandboxes.sandbox import CodeStream, LocalJupyterSandbox, Sandbox
 
 if TYPE_CHECKING:
+    from code_sandboxes.async_sandbox import AsyncCodeStream, AsyncLocalJupyterSandbox, AsyncSandbox
     from code_sandboxes.config import SandboxConfig
 
 __all__ = [
+    "AsyncCodeStream",
+    "AsyncLocalJupyterSandbox",
+    "AsyncSandbox",
     "Capabilities",
     "Capability",
     "CodeError",
@@ -76,4 +80,8 @@ def __getattr__(name: str) -> object:
         from code_sandboxes.config import SandboxConfig
 
         return SandboxConfig
+    if name in ("AsyncCodeStream", "AsyncLocalJupyterSandbox", "AsyncSandbox"):  # brings asyncio along
+        from code_sandboxes import async_sandbox
+
+        return getattr(async_sandbox, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -65,6 +65,11 @@ class Inbox:
             self._head_size -= size
             return event
 
+    @property
+    def is_empty(self) -> bool:
+        with self._lock:
+            return not (self._head or self._tail or self._dropped)
+
     def wait(self, timeout: float | None) -> None:
         """Block until something may have been put, at most *timeout* seconds."""
         if timeout is None:

@@ -12,7 +12,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
 __all__ = [
+    "LEFT",
+    "SILENT",
     "Ask",
     "Core",
     "Emit",
@@ -55,6 +58,7 @@ __all__ = [
     "OutputHandler",
     "Step",
     "Wait",
+    "inside",
     "running_inside",
 ]
 
@@ -101,6 +105,19 @@ class LeftEarly(BaseException):
     """The iterator over a run was left before its end."""
 
 
+LEFT = LeftEarly()
+
+
+@contextmanager
+def inside(context_id: str) -> Iterator[None]:
+    """A callback of a run on that context is being called."""
+    token = running_inside.set(running_inside.get() | {context_id})
+    try:
+        yield
+    finally:
+        running_inside.reset(token)
+
+
 @dataclass(frozen=True, slots=True)
 class Handlers:
     """The callbacks of one run."""
@@ -137,6 +154,9 @@ class Handlers:
         if isinstance(output, ExecutionError):
             return self.on_error(output) if self.on_error else None
         return self.on_input(output) if self.on_input else None
+
+
+SILENT = Handlers()
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,8 @@ class OutputMessages(Sequence[OutputMessage]):
         return hash(self._printed)
 
     def __repr__(self) -> str:
-        return repr(self._made())
+        first = list(itertools.islice(self, 5))
+        return repr(first) if len(first) < 5 else f"<{len(self.text):,} characters of output>"
 
     def _made(self) -> list[OutputMessage]:
         if self._messages is None:

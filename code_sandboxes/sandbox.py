@@ -15,15 +15,16 @@ from code_sandboxes import operations
 from code_sandboxes.front import Front, known_variant
 from code_sandboxes.info import SandboxStatus, SandboxVariant
 from code_sandboxes.operations import (
+    LEFT,
+    SILENT,
     Ask,
     Emit,
     Handlers,
-    LeftEarly,
     Operation,
     OutputHandler,
     Step,
     Wait,
-    running_inside,
+    inside,
 )
 from code_sandboxes.results import (
     Context,
@@ -308,19 +309,15 @@ class CodeStream:
 
     def _leave(self) -> None:
         """Interrupt the run and follow it to its end."""
-        step = self._operation.throw(_LEFT)
         try:
+            step = self._operation.throw(LEFT)
             while True:
                 step = _advance(self._operation, step, self._handlers)
         except StopIteration as stop:
             self._result = stop.value
 
 
-_LEFT = LeftEarly()
-_SILENT = Handlers()
-
-
-def _drive(operation: Operation[T], handlers: Handlers = _SILENT) -> T:
+def _drive(operation: Operation[T], handlers: Handlers = SILENT) -> T:
     """Run *operation* to its end, blocking this thread where it waits."""
     try:
         step = next(operation)
@@ -343,11 +340,8 @@ def _perform(step: Step, handlers: Handlers) -> object:
     if isinstance(step, Wait):
         step.inbox.wait(None if step.until is None else step.until - time.monotonic())
         return None
-    inside = running_inside.set(running_inside.get() | {step.context_id})
-    try:
+    with inside(step.context_id):
         return handlers.call(step.request if isinstance(step, Ask) else step.output)
-    finally:
-        running_inside.reset(inside)
 
 
 _CLASSES = {each._variant: each for each in (LocalJupyterSandbox,)}

@@ -18,6 +18,7 @@ ROOT = Path(code_sandboxes.__file__).parent
 # From the top down; a module imports from its own layer and from those below.
 LAYERS = [
     {"__init__"},
+    {"async_sandbox"},
     {"sandbox"},
     {"front"},
     {"operations"},

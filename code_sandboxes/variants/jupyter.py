@@ -157,6 +157,7 @@ class LocalJupyter(Variant):
         return _kernelspecs()[kernel_name].language
 
     def prepare(self) -> None:
+        _kernelspecs()  # here, where it holds up nobody's event loop
         folder = _runtime_root() / secrets.token_hex(4)
         _check_length(folder)
         _reaper().guard_folder(str(folder))

@@ -1,0 +1,376 @@
+"""The asyncio front: the same names as the blocking one, awaited; no method blocks the event loop.
+
+What each method means is documented there; the documentation is taken over.
+
+What the blocking front imports on use is imported with this module: on use it would hold up the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import time
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+import code_sandboxes.config
+import code_sandboxes.variants.jupyter  # noqa: F401  (see above)
+from code_sandboxes.front import Front, known_variant
+from code_sandboxes.inbox import Inbox
+from code_sandboxes.info import SandboxStatus, SandboxVariant
+from code_sandboxes.operations import (
+    LEFT,
+    SILENT,
+    Ask,
+    Emit,
+    Handlers,
+    Operation,
+    OutputHandler,
+    Step,
+    Wait,
+    inside,
+)
+from code_sandboxes.results import (
+    Context,
+    ExecutionError,
+    ExecutionResult,
+    InputRequest,
+    OutputMessage,
+    Result,
+)
+from code_sandboxes.sandbox import CodeStream, Sandbox
+
+if TYPE_CHECKING:
+    from code_sandboxes.config import SandboxConfig
+
+__all__ = ["AsyncCodeStream", "AsyncLocalJupyterSandbox", "AsyncSandbox"]
+
+T = TypeVar("T")
+AsyncSandboxT = TypeVar("AsyncSandboxT", bound="AsyncSandbox")
+AnyCallable = TypeVar("AnyCallable", bound=Callable[..., object])
+
+
+def _documented_by(original: object) -> Callable[[AnyCallable], AnyCallable]:
+    def document(method: AnyCallable) -> AnyCallable:
+        method.__doc__ = original.__doc__
+        return method
+
+    return document
+
+
+class AsyncSandbox(Front):
+    """A place where code can run; ``await AsyncSandbox.create()`` gives a running one.
+
+    ``async with`` terminates it at the end. Callbacks may be plain functions or coroutine functions. A
+    cancelled ``run_code()`` interrupts the code, and leaves the kernel ready for the next.
+    """
+
+    @classmethod
+    @_documented_by(Sandbox.create)
+    def create(
+        cls,
+        variant: SandboxVariant | str | None = None,
+        *,
+        config: SandboxConfig | None = None,
+        timeout: float | None = None,
+        name: str | None = None,
+        environment: str | None = None,
+        gpu: str | None = None,
+        cpu: float | None = None,
+        memory: int | None = None,
+        env: Mapping[str, str] | None = None,
+        network_policy: str | None = None,
+        allowed_hosts: list[str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        snapshot_name: str | None = None,
+        **options: object,
+    ) -> _Starting:
+        sandbox = _CLASSES[known_variant(variant)](
+            config=config,
+            timeout=timeout,
+            name=name,
+            environment=environment,
+            gpu=gpu,
+            cpu=cpu,
+            memory=memory,
+            env=env,
+            network_policy=network_policy,
+            allowed_hosts=allowed_hosts,
+            tags=tags,
+            snapshot_name=snapshot_name,
+            **options,
+        )
+        return _Starting(sandbox)
+
+    # Life.
+
+    @_documented_by(Sandbox.start)
+    async def start(self: AsyncSandboxT) -> AsyncSandboxT:
+        await _drive(self._core.start())
+        return self
+
+    @_documented_by(Sandbox.terminate)
+    async def terminate(self) -> bool:
+        return await _drive(self._core.terminate(orderly=True))
+
+    stop = close = terminate
+
+    @_documented_by(Sandbox.kill)
+    async def kill(self) -> bool:
+        return await _drive(self._core.terminate(orderly=False, why="it was killed"))
+
+    @_documented_by(Sandbox.restart)
+    async def restart(self) -> None:
+        await _drive(self._core.restart())
+
+    async def __aenter__(self: AsyncSandboxT) -> AsyncSandboxT:
+        if self._core.status is SandboxStatus.CREATED:
+            await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.terminate()
+
+    # Code.
+
+    @_documented_by(Sandbox.run_code)
+    async def run_code(
+        self,
+        code: str,
+        *,
+        language: str | None = None,
+        context: Context | str | None = None,
+        on_stdout: OutputHandler | None = None,
+        on_stderr: OutputHandler | None = None,
+        on_result: Callable[[Result], object] | None = None,
+        on_error: Callable[[ExecutionError], object] | None = None,
+        on_input: Callable[[InputRequest], str | Awaitable[str]] | None = None,
+        timeout: float | None = None,
+    ) -> ExecutionResult:
+        handlers = Handlers(on_stdout, on_stderr, on_result, on_error, on_input).check()
+        operation = self._core.run_code(
+            code,
+            language=language,
+            context=context,
+            timeout=timeout,
+            listen=handlers.listen,
+            allow_stdin=on_input is not None,
+        )
+        return await _drive(operation, handlers)
+
+    @_documented_by(Sandbox.run_code_streaming)
+    def run_code_streaming(
+        self,
+        code: str,
+        *,
+        language: str | None = None,
+        context: Context | str | None = None,
+        on_input: Callable[[InputRequest], str | Awaitable[str]] | None = None,
+        timeout: float | None = None,
+    ) -> AsyncCodeStream:
+        operation = self._core.run_code(
+            code,
+            language=language,
+            context=context,
+            timeout=timeout,
+            listen=True,
+            allow_stdin=on_input is not None,
+        )
+        return AsyncCodeStream(operation, Handlers(on_input=on_input).check())
+
+    @_documented_by(Sandbox.interrupt)
+    async def interrupt(self, context: Context | str | None = None) -> bool:
+        return self._core.interrupt(context)
+
+    # Contexts.
+
+    @_documented_by(Sandbox.create_context)
+    async def create_context(
+        self,
+        name: str | None = None,
+        *,
+        language: str | None = None,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Context:
+        return await _drive(self._core.create_context(name, language=language, cwd=cwd, env=env))
+
+    @_documented_by(Sandbox.list_contexts)
+    async def list_contexts(self) -> list[Context]:
+        return self._core.list_contexts()
+
+    @_documented_by(Sandbox.restart_context)
+    async def restart_context(self, context: Context | str) -> None:
+        await _drive(self._core.restart_context(context))
+
+    @_documented_by(Sandbox.delete_context)
+    async def delete_context(self, context: Context | str) -> None:
+        await _drive(self._core.delete_context(context))
+
+
+class AsyncLocalJupyterSandbox(AsyncSandbox):
+    """Kernels as processes on this machine."""
+
+    _variant = SandboxVariant.LOCAL_JUPYTER
+
+
+_CLASSES = {each._variant: each for each in (AsyncLocalJupyterSandbox,)}
+
+
+class _Starting:
+    """A sandbox that can be awaited, or used directly in ``async with``."""
+
+    def __init__(self, sandbox: AsyncSandbox) -> None:
+        self._sandbox = sandbox
+
+    def __await__(self) -> Generator[object, None, AsyncSandbox]:
+        return self._sandbox.start().__await__()
+
+    async def __aenter__(self) -> AsyncSandbox:
+        return await self._sandbox.start()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._sandbox.terminate()
+
+
+class AsyncCodeStream:
+    """What a run produces: ``OutputMessage``, ``Result`` and ``ExecutionError``, live and in order.
+
+    The run begins with the iteration. Leaving the loop early interrupts it; asyncio learns of that a moment
+    later, so use ``async with contextlib.aclosing(...)`` where the code must have stopped before you go on.
+    Afterwards :attr:`result` holds the :class:`ExecutionResult`.
+    """
+
+    def __init__(self, operation: Operation[ExecutionResult], handlers: Handlers) -> None:
+        self._operation = operation
+        self._handlers = handlers
+        self._result: ExecutionResult | None = None
+        # Not held: that the loop over it lets go of it is how leaving early is noticed.
+        self._over = asyncio.Event()
+        self._events: weakref.ref[AsyncGenerator[OutputMessage | Result | ExecutionError, None]] | None = None
+
+    @property
+    def result(self) -> ExecutionResult:
+        if self._result is None:
+            raise RuntimeError("the run is not over: iterate over it to its end, or leave the loop")
+        return self._result
+
+    result.__doc__ = CodeStream.result.__doc__
+
+    async def aclose(self) -> None:
+        """Interrupt the run, if it is still on, and wait until it has stopped."""
+        if self._events is None:
+            return
+        events = self._events()
+        if events is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has begun to close it already
+                await events.aclose()
+        await self._over.wait()
+
+    def __aiter__(self) -> AsyncIterator[OutputMessage | Result | ExecutionError]:
+        if self._events is not None:
+            raise RuntimeError("a run can be iterated over only once")
+        events = self._iterate()
+        self._events = weakref.ref(events)
+        return events
+
+    async def _iterate(self) -> AsyncGenerator[OutputMessage | Result | ExecutionError, None]:
+        try:
+            step = next(self._operation)
+            while True:
+                if isinstance(step, Emit):
+                    try:
+                        yield step.output
+                    except GeneratorExit:
+                        await self._leave()
+                        raise
+                    step = self._operation.send(None)
+                else:
+                    step = (await _resumption(step, self._handlers))(self._operation)
+        except StopIteration as stop:
+            self._result = stop.value
+        finally:
+            self._over.set()
+
+    async def _leave(self) -> None:
+        """Interrupt the run and follow it to its end."""
+        try:
+            step = self._operation.throw(LEFT)
+            while True:
+                step = (await _resumption(step, self._handlers))(self._operation)
+        except StopIteration as stop:
+            self._result = stop.value
+
+
+async def _drive(operation: Operation[T], handlers: Handlers = SILENT) -> T:
+    """Run *operation* to its end, awaiting where it waits."""
+    try:
+        step = next(operation)
+        while True:
+            step = (await _resumption(step, handlers))(operation)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+
+
+async def _resumption(step: Step, handlers: Handlers) -> Callable[[Operation[T]], Step]:
+    """How an operation goes on after *step*; not done here, since its end cannot leave a coroutine."""
+    try:
+        answer = await _perform(step, handlers)
+    except BaseException as error:  # the operation decides what becomes of it, a cancellation too
+        return partial(_throw, error)
+    return lambda operation: operation.send(answer)
+
+
+def _throw(error: BaseException, operation: Operation[T]) -> Step:
+    return operation.throw(error)
+
+
+async def _perform(step: Step, handlers: Handlers) -> object:
+    if isinstance(step, Wait):
+        await _wait(step.inbox, step.until)
+        return None
+    with inside(step.context_id):
+        answer = handlers.call(step.request if isinstance(step, Ask) else step.output)
+        return await answer if inspect.isawaitable(answer) else answer
+
+
+async def _wait(inbox: Inbox, until: float | None) -> None:
+    """Return when something may have been put into *inbox*, or at *until*."""
+    loop = asyncio.get_running_loop()
+    arrived = loop.create_future()
+
+    def wake() -> None:
+        if not arrived.done():
+            arrived.set_result(None)
+
+    def wake_from_io_thread() -> None:
+        if not arrived.done():
+            try:
+                loop.call_soon_threadsafe(wake)
+            except RuntimeError:  # the event loop is closed: nobody waits any more
+                return
+
+    inbox.notify(wake_from_io_thread)
+    timer = None if until is None else loop.call_later(max(0.0, until - time.monotonic()), wake)
+    try:
+        # What was put before notify() has woken nobody.
+        if inbox.is_empty:
+            await arrived
+    finally:
+        if timer is not None:
+            timer.cancel()
