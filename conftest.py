@@ -1,7 +1,8 @@
 """What every test shares: the sandbox on every variant, README.md's examples as tests, and a loud end.
 
-A test that asks for ``sandbox`` runs once for each variant that ``--variant`` names (all by default). One
-that cannot run on this machine is skipped with its reason, and all reasons are told again at the end.
+A test that asks for ``sandbox`` runs once for each variant that ``--variant`` names (all by default), and in
+a module that says ``EVERY_FRONT = True`` through each front. One that cannot run on this machine is skipped
+with its reason, and all reasons are told again at the end.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from code_sandboxes import Sandbox, SandboxVariant
+from tests.fronts import FRONTS, create
 
 MakeSandbox = Callable[..., Sandbox]
 
@@ -32,6 +34,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
         chosen = metafunc.config.getoption("--variant") or list(SandboxVariant)
         metafunc.parametrize("variant", [str(v) for v in chosen], scope="session")
+    if "front" in metafunc.fixturenames:
+        fronts = FRONTS if getattr(metafunc.module, "EVERY_FRONT", False) else FRONTS[:1]
+        if metafunc.definition.get_closest_marker("callbacks"):
+            fronts = tuple(front for front in fronts if front != "iterator")
+        # One front is enough for a first answer; the others are the whole suite's.
+        marks = {front: () if front == FRONTS[0] else (pytest.mark.slow,) for front in fronts}
+        metafunc.parametrize("front", [pytest.param(f, marks=marks[f]) for f in fronts], scope="session")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,13 +55,13 @@ def runtime_folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def make_sandbox(variant: str) -> Iterator[MakeSandbox]:
+def make_sandbox(variant: str, front: str) -> Iterator[MakeSandbox]:
     """Makes running sandboxes, which end with the test."""
     made: list[Sandbox] = []
 
     def make(**settings: object) -> Sandbox:
         settings.setdefault("isolation", "none")
-        sandbox = Sandbox.create(variant, **settings)  # type: ignore[arg-type]  # whatever the test asks for
+        sandbox = create(front, variant, **settings)
         made.append(sandbox)
         return sandbox
 
@@ -68,10 +77,11 @@ def sandbox(make_sandbox: MakeSandbox) -> Sandbox:
 
 
 @pytest.fixture(scope="session")
-def shared_sandbox(variant: str, runtime_folder: Path) -> Iterator[Sandbox]:
+def shared_sandbox(variant: str, front: str, runtime_folder: Path) -> Iterator[Sandbox]:
     """A sandbox for tests that leave no trace in it."""
-    with Sandbox.create(variant, isolation="none") as sandbox:
-        yield sandbox
+    sandbox = create(front, variant, isolation="none")
+    yield sandbox
+    sandbox.kill()
 
 
 @pytest.fixture

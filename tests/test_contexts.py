@@ -12,6 +12,8 @@ import pytest
 from code_sandboxes import Context, ContextNotFoundError, Sandbox, SandboxConnectionError
 from conftest import MakeSandbox
 
+EVERY_FRONT = True
+
 
 def test_contexts_have_variables_of_their_own(sandbox: Sandbox) -> None:
     other = sandbox.create_context("other")

@@ -22,6 +22,8 @@ from code_sandboxes import (
 )
 from conftest import MakeSandbox
 
+EVERY_FRONT = True
+
 
 @dataclass(frozen=True)
 class Ending:

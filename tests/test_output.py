@@ -16,6 +16,8 @@ from code_sandboxes import (
 )
 from conftest import MakeSandbox
 
+EVERY_FRONT = True
+
 
 def test_prints_arrive_while_the_code_runs(shared_sandbox: Sandbox) -> None:
     code = "import time\nfor i in range(5):\n    print(i)\n    time.sleep(0.2)"
@@ -292,6 +294,7 @@ def test_on_error_is_told_of_a_timeout_once(sandbox: Sandbox) -> None:
     assert errors[0].name == "TimeoutError"
 
 
+@pytest.mark.callbacks
 def test_an_exception_in_a_callback_is_raised_after_the_run_and_loses_no_state(sandbox: Sandbox) -> None:
     calls: list[str] = []
 
@@ -308,6 +311,7 @@ def test_an_exception_in_a_callback_is_raised_after_the_run_and_loses_no_state(s
     assert sandbox.run_code("x").text == "'end'"
 
 
+@pytest.mark.callbacks
 def test_a_callback_may_use_another_context_and_interrupt_but_not_wait_for_itself(sandbox: Sandbox) -> None:
     other = sandbox.create_context("other")
     seen: list[str | None] = []
