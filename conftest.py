@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = metafunc.config.getoption("--variant") or list(SandboxVariant)
         metafunc.parametrize("variant", [str(v) for v in chosen], scope="session")
     if "front" in metafunc.fixturenames:
-        fronts = FRONTS if getattr(metafunc.module, "EVERY_FRONT", False) else FRONTS[:1]
+        fronts: tuple[str, ...] = FRONTS if getattr(metafunc.module, "EVERY_FRONT", False) else FRONTS[:1]
         if metafunc.definition.get_closest_marker("callbacks"):
             fronts = tuple(front for front in fronts if front != "iterator")
         # One front is enough for a first answer; the others are the whole suite's.
