@@ -206,6 +206,8 @@ class Run:
         self.time_left: float | None = None
         self.settling: Timer | None = None
         self.poke_ids: list[str] = []
+        self.lost_state = False
+        self.abandoned = False
 
 
 class Kernel:
@@ -286,6 +288,10 @@ class Kernel:
     def cancel(self, run: Run) -> None:
         """Interrupt *run*, or take it out of the queue."""
         self._loop.call_soon(lambda: self._cancel(run))
+
+    def abandon(self, run: Run) -> None:
+        """Nobody will see the result of *run*: if variables were lost in it, the next one tells."""
+        self._loop.call_soon(lambda: self._abandon(run))
 
     def close(self, inbox: Inbox, sentence: str, *, orderly: bool) -> None:
         """End it for good; *inbox* gets :class:`Ended`. Runs are cut short, *sentence* tells them why."""
@@ -464,6 +470,10 @@ class Kernel:
             self._queue.remove(run)
             run.inbox.put(NotRun("not run: it was interrupted while it waited for its turn"))
 
+    def _abandon(self, run: Run) -> None:
+        run.abandoned = True
+        self._death_unreported |= run.lost_state
+
     def _stop(self, run: Run) -> None:
         if run.stopping:
             return
@@ -635,6 +645,8 @@ class Kernel:
             began = self._current.started
             when = "while it ran the code" if began else "before it told that it had begun with the code"
             sentence = f"the kernel {_how_it_died(code)} {when}"
+            self._current.lost_state = True
+            self._death_unreported = self._current.abandoned
             self._finish(self._current, Died(sentence, code, process.output()))
         self._advance()
 

@@ -468,12 +468,12 @@ def _follow(
                 held.kernel.cancel(run)  # nobody will answer any more
     except BaseException:
         held.kernel.cancel(run)
+        held.kernel.abandon(run)
         raise
-    if isinstance(failure, _CallbackError):
-        raise failure.error
-    if failure is not None and not isinstance(failure, LeftEarly):
-        raise failure
-    return execution.result()
+    if failure is None or isinstance(failure, LeftEarly):
+        return execution.result()
+    held.kernel.abandon(run)
+    raise failure.error if isinstance(failure, _CallbackError) else failure
 
 
 class _CallbackError(Exception):

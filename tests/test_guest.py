@@ -34,6 +34,18 @@ def test_the_kernel_is_tuned(shared_sandbox: Sandbox) -> None:
     assert result.stdout == "0.0 0.005 False 0"
 
 
+def test_an_interrupt_that_reaches_the_event_loop_does_not_end_the_kernel(sandbox: Sandbox) -> None:
+    result = sandbox.run_code(
+        "kept = 1\n"
+        "import asyncio\n"
+        "def raise_there(): raise KeyboardInterrupt\n"
+        "for _ in range(3): asyncio.get_event_loop().call_soon(raise_there)"
+    )
+
+    assert result.success
+    assert sandbox.run_code("kept").text == "1"
+
+
 @pytest.mark.parametrize(
     ("text", "published"),
     [

@@ -136,6 +136,20 @@ def test_a_kernel_that_died_between_runs_is_told_by_the_next_one(sandbox: Sandbo
     assert result.state_preserved is False
 
 
+@pytest.mark.callbacks
+def test_variables_that_were_lost_in_a_run_whose_result_nobody_saw_are_told_by_the_next(
+    sandbox: Sandbox,
+) -> None:
+    def fail(_: object) -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        sandbox.run_code("print(1)\nimport time; time.sleep(0.2)\nimport os; os._exit(1)", on_stdout=fail)
+
+    assert sandbox.run_code("1").state_preserved is False
+    assert sandbox.run_code("1").state_preserved is True
+
+
 def test_interrupt_from_another_thread_keeps_the_variables(sandbox: Sandbox) -> None:
     threading.Timer(0.3, sandbox.interrupt).start()
     result = sandbox.run_code("x = 1\nprint('on')\nimport time; time.sleep(60)")

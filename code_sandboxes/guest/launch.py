@@ -124,6 +124,34 @@ def publish_everything(application: Any) -> None:
     application.init_iopub = init_iopub_without_limit
 
 
+def survive_interrupts(application: Any) -> None:
+    """Let the kernel's event loop go on when an interrupt reaches it instead of the code.
+
+    One that comes as a cell ends can be raised between ipykernel's own lines; it then leaves the event loop,
+    and ipykernel takes that for the end of the kernel.
+    """
+    start = application.start
+
+    def start_to_stay(self: Any) -> None:
+        from tornado.ioloop import IOLoop
+
+        loop: Any = IOLoop.current()
+        run = loop.start
+
+        def run_on() -> None:
+            while True:
+                try:
+                    run()
+                    return
+                except KeyboardInterrupt:
+                    continue
+
+        loop.start = run_on
+        start(self)
+
+    application.start = start_to_stay
+
+
 def journal_beside(connection_file: str) -> Callable[[int, str], None] | None:
     """Records in the file ``journal`` beside *connection_file*, if the host has made one."""
     path = os.path.join(os.path.dirname(connection_file), "journal")
@@ -160,6 +188,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning)
     report_crashes()
     kernelapp = import_kernelapp()
+    survive_interrupts(kernelapp.IPKernelApp)
     if hasattr(kernelapp.IPKernelApp, "init_iopub"):
         publish_everything(kernelapp.IPKernelApp)
     publish_sooner(sys.argv[sys.argv.index("-f") + 1] if "-f" in sys.argv[:-1] else "")
