@@ -344,7 +344,7 @@ async def _perform(step: Step, handlers: Handlers) -> object:
     if isinstance(step, Wait):
         await _wait(step.inbox, step.until)
         return None
-    with inside(step.context_id):
+    with inside(step.run):
         answer = handlers.call(step.request if isinstance(step, Ask) else step.output)
         return await answer if inspect.isawaitable(answer) else answer
 

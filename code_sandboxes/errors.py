@@ -70,9 +70,9 @@ class ContextNotFoundError(SandboxError, LookupError):
     """The sandbox has no such context."""
 
     def __init__(self, context: str, known: Iterable[str]) -> None:
-        super().__init__(context)
         self.context = context
         self.known = sorted(known)
+        super().__init__(context, self.known)
 
     def __str__(self) -> str:
         return f"no context {self.context!r} in this sandbox (known: {', '.join(self.known) or 'none'})"

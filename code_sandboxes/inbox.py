@@ -29,6 +29,7 @@ class Inbox:
         self._tail: deque[tuple[Event, int]] = deque()
         self._head_size = self._tail_size = 0
         self._dropped = False
+        self._incoming: deque[tuple[Event, int]] = deque()
         self._lock = threading.Lock()
         self._arrived = threading.Lock()
         self._arrived.acquire()
@@ -36,23 +37,21 @@ class Inbox:
 
     def put(self, event: Event, *, wake: bool = True) -> None:
         """Append *event*; called by the I/O thread only. Without *wake* it is found with the next one."""
-        size = _size(event)
-        with self._lock:
-            if not self._tail and (not self._head or self._head_size + size <= self._half):
-                self._head.append((event, size))
-                self._head_size += size
-            else:
-                self._tail.append((event, size))
-                self._tail_size += size
-                room = max(self._half, self._limit - self._head_size)
-                if self._tail_size > room:
-                    self._drop_oldest(room)
+        self._incoming.append((event, _size(event)))
+        # The I/O thread waits for nobody: whoever has the lock (and may have been interrupted by a signal
+        # handler that itself waits for the I/O thread) takes in what has come when it takes the next event.
+        if self._lock.acquire(blocking=False):
+            try:
+                self._take_in()
+            finally:
+                self._lock.release()
         if wake:
             self._wake()
 
     def take(self) -> Event | None:
         """The next event, or None if there is none now."""
         with self._lock:
+            self._take_in()
             if not self._head:
                 if self._dropped:
                     self._dropped = False
@@ -68,7 +67,7 @@ class Inbox:
     @property
     def is_empty(self) -> bool:
         with self._lock:
-            return not (self._head or self._tail or self._dropped)
+            return not (self._head or self._tail or self._incoming or self._dropped)
 
     def wait(self, timeout: float | None) -> None:
         """Block until something may have been put, at most *timeout* seconds."""
@@ -80,6 +79,19 @@ class Inbox:
     def notify(self, wake: Callable[[], None]) -> None:
         """Call *wake*, in the I/O thread, instead of ending a :meth:`wait`: for who must not block."""
         self._wake = wake
+
+    def _take_in(self) -> None:
+        while self._incoming:
+            event, size = self._incoming.popleft()
+            if not self._tail and (not self._head or self._head_size + size <= self._half):
+                self._head.append((event, size))
+                self._head_size += size
+                continue
+            self._tail.append((event, size))
+            self._tail_size += size
+            room = max(self._half, self._limit - self._head_size)
+            if self._tail_size > room:
+                self._drop_oldest(room)
 
     def _signal(self) -> None:
         # A lock used as a flag: only the I/O thread opens it, so nobody can come in between.

@@ -72,6 +72,9 @@ _START_OF_CODE = 0.5
 _DRAIN_QUIET = 0.03
 _DRAIN_MOST = 0.5
 
+# How long a kernel that was there may take to answer on a new connection.
+_RECONNECT = 10.0
+
 # How long an orderly end may take before it becomes a kill.
 _FAREWELL = 1.0
 
@@ -185,6 +188,7 @@ class Run:
     """One execution on its way through a kernel; the I/O thread's side of it.
 
     Args:
+        kernel: where it runs.
         content: of the ``execute_request``.
         timeout: seconds from when the kernel gets it; None waits for ever.
         inbox: where its events go.
@@ -192,8 +196,15 @@ class Run:
     """
 
     def __init__(
-        self, content: Mapping[str, object], timeout: float | None, inbox: Inbox, *, listen: bool = True
+        self,
+        kernel: Kernel,
+        content: Mapping[str, object],
+        timeout: float | None,
+        inbox: Inbox,
+        *,
+        listen: bool = True,
     ) -> None:
+        self.kernel = kernel
         self.content = content
         self.quiet = _QUIET if listen else _QUIET_WITHOUT_LISTENER
         self.timeout = timeout
@@ -208,6 +219,7 @@ class Run:
         self.poke_ids: list[str] = []
         self.lost_state = False
         self.abandoned = False
+        self.told = False
 
 
 class Kernel:
@@ -242,7 +254,7 @@ class Kernel:
         self._heard_iopub = self._welcomed = False
         self._start_timer: Timer | None = None
         self._last_message = 0.0
-        self._restarting = self._dying = False
+        self._restarting = self._dying = self._reconnecting = False
         self._releasing = 0
         self._death_unreported = False
         self._background = Outputs(self.displays, _BACKGROUND_LIMIT)
@@ -331,13 +343,24 @@ class Kernel:
             self._fail_to_start(error)
             return
         self._process = process
-        process.watch(self._loop, self._process_ended)
-        if self._closing:
-            process.kill()
-            return
-        self._last_message = time.monotonic()
         self._start_timer = self._loop.call_later(self._limits.start, self._start_took_too_long)
-        self._connect()
+        try:
+            process.watch(self._loop, self._process_ended)
+            if self._closing:
+                process.kill()
+            else:
+                self._last_message = time.monotonic()
+                self._connect()
+        except Exception as reason:  # too few descriptors, mostly: there is no kernel then
+            self._give_up_start(process, reason)
+
+    def _give_up_start(self, process: KernelProcess, reason: Exception) -> None:
+        _cancel(self._start_timer)
+        self._close_transport()
+        self._process = None
+        process.kill()
+        self._release(process)
+        self._fail_to_start(SandboxConnectionError(f"{self._name} could not be reached: {reason}"))
 
     def _connect(self) -> None:
         assert self._process is not None
@@ -374,6 +397,7 @@ class Kernel:
         if self._state is not _State.STARTING or self.info is None or not self._heard_iopub:
             return
         self._state = _State.READY
+        self._reconnecting = False
         assert self._process is not None
         # What was printed before there was a subscription is nobody's.
         self._router.published = self._process.written()
@@ -418,6 +442,7 @@ class Kernel:
         if self._death_unreported:
             self._death_unreported = False
             run.inbox.put(KernelReplaced(), wake=False)
+            run.lost_state = True
         request = self._session.message("shell", "execute_request", run.content)
         run.msg_id = request.msg_id
         if run.timeout is not None:
@@ -427,6 +452,12 @@ class Kernel:
     def _over(self, run: Run) -> None:
         self._finish(run, Done())
         self._advance()
+
+    def _over_without_reply(self, run: Run) -> None:
+        if run.started:
+            self._over(run)
+        else:  # it could not even begin with the code: such a kernel is of no use any more
+            self._kill_under(run)
 
     def _finish(self, run: Run, event: Event) -> None:
         """Nothing more comes for *run*: *event* is its last."""
@@ -461,6 +492,8 @@ class Kernel:
     def _interrupt_current(self) -> None:
         if self._current is not None:
             self._cancel(self._current)
+        elif self._queue:  # its kernel is starting
+            self._cancel(self._queue[0])
 
     def _cancel(self, run: Run) -> None:
         if run is self._current:
@@ -522,7 +555,7 @@ class Kernel:
                 self._of_the_run(run, event)
             elif run is not None and recipient in run.poke_ids:
                 if isinstance(event, Done) and run.settling is not None:
-                    self._over(run)
+                    self._over_without_reply(run)
             elif recipient == self._handshake_id:
                 self._shaken_hands(event)
         if message.channel == "iopub" and not self._heard_iopub:
@@ -584,7 +617,9 @@ class Kernel:
     def _reconnect(self) -> None:
         self._close_transport()
         self._state = _State.STARTING
-        self._start_timer = self._loop.call_later(self._limits.start, self._start_took_too_long)
+        self._reconnecting = True
+        patience = min(_RECONNECT, self._limits.start)
+        self._start_timer = self._loop.call_later(patience, self._start_took_too_long)
         self._connect()
 
     def _send(self, message: Message, *, expect: bool = False) -> None:
@@ -611,16 +646,17 @@ class Kernel:
 
     def _bury(self) -> None:
         process, self._process = self._process, None
-        assert process is not None
+        if process is None:  # it was given up before it could be watched properly
+            return
         self._dying = False
         if self._state is _State.READY:
             self._recover_output(process)
         self._close_transport()
-        self._releasing += 1
-        self._loop.run_blocking(process.release, lambda _, error: self._released(error), apart=True)
+        self._release(process)
         if self._closing:
             return
-        started, self._state = self._state is not _State.STARTING, _State.DEAD
+        started = self._state is not _State.STARTING or self._reconnecting
+        self._state, self._reconnecting = _State.DEAD, False
         if self._restarting:
             self._restarting = False
             self._launch()
@@ -648,7 +684,10 @@ class Kernel:
             self._current.lost_state = True
             self._death_unreported = self._current.abandoned
             self._finish(self._current, Died(sentence, code, process.output()))
-        self._advance()
+        if self._waiting_for_start:
+            self._launch()
+        else:
+            self._advance()
 
     def _error_of_start(self, process: KernelProcess) -> SandboxConnectionError:
         if self._start_timer is None:
@@ -660,6 +699,10 @@ class Kernel:
         return SandboxConnectionError(
             f"{self._name} {what}; {f'it said: {said}' if said else 'it said nothing'}"
         )
+
+    def _release(self, process: KernelProcess) -> None:
+        self._releasing += 1
+        self._loop.run_blocking(process.release, lambda _, error: self._released(error), apart=True)
 
     def _released(self, error: Exception | None) -> None:
         self._releasing -= 1

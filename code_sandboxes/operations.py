@@ -8,10 +8,10 @@ path for all of them: interrupt the code, wait until it has stopped or was kille
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -62,6 +62,8 @@ __all__ = [
     "running_inside",
 ]
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 Output = OutputMessage | Result | ExecutionError
@@ -78,10 +80,10 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """Give *output* of the context *context_id* to whoever listens."""
+    """Give *output* of *run* to whoever listens."""
 
     output: Output
-    context_id: str
+    run: Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class Ask:
     """Come back with the answer to *request*."""
 
     request: InputRequest
-    context_id: str
+    run: Run
 
 
 Step = Wait | Emit | Ask
@@ -97,8 +99,8 @@ Operation = Generator[Step, object, T]
 
 OutputHandler = Callable[[OutputMessage], object]
 
-running_inside: ContextVar[frozenset[str]] = ContextVar("running_inside", default=frozenset())
-"""The contexts in a callback of whose run the caller is."""
+running_inside: ContextVar[frozenset[Run]] = ContextVar("running_inside", default=frozenset())
+"""The runs in whose callbacks the caller is; those that were told to the end do not count any more."""
 
 
 class LeftEarly(BaseException):
@@ -109,9 +111,9 @@ LEFT = LeftEarly()
 
 
 @contextmanager
-def inside(context_id: str) -> Iterator[None]:
-    """A callback of a run on that context is being called."""
-    token = running_inside.set(running_inside.get() | {context_id})
+def inside(run: Run) -> Iterator[None]:
+    """A callback of *run* is being called."""
+    token = running_inside.set(running_inside.get() | {run})
     try:
         yield
     finally:
@@ -198,7 +200,7 @@ class Core:
         self.end_at: float | None = None
         self._why_ended = ""
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come while this thread has it
         self._contexts: dict[str, _Held] = {}
         self._lifetime: Timer | None = None
 
@@ -235,42 +237,52 @@ class Core:
         if not seconds:
             return
         self.end_at = (self.created_at or time.time()) + seconds
-        loop, reference = the_loop(), weakref.ref(self)
+        why = f"it reached its max_lifetime of {seconds:g} s"
 
         def expire() -> None:
-            core = reference()
-            if core is not None:
-                why = f"it reached its max_lifetime of {seconds:g} s"
-                _drive_in_loop(loop, core.terminate(orderly=True, why=why))
+            _drive_in_loop(the_loop(), self.terminate(orderly=True, why=why), _log_failure)
 
         def arm() -> None:
-            self._lifetime = loop.call_later(seconds, expire)
+            self._lifetime = the_loop().call_later(seconds, expire)
 
-        loop.call_soon(arm)
+        the_loop().call_soon(arm)
 
     def terminate(self, *, orderly: bool, why: str = "it was terminated") -> Operation[bool]:
         """End every kernel and remove everything; returns whether it was running."""
         self._check_process()
+        over = Inbox()
         with self._lock:
             was_running = self.status is SandboxStatus.RUNNING
+            if was_running:
+                # It goes on in the I/O thread, whatever becomes of the one who waits for it here.
+                ending = self._end(f"the sandbox ended: {why}", orderly=orderly)
+                _drive_in_loop(the_loop(), ending, lambda error: over.put(_Removed(error)))
             self.status, self._why_ended = SandboxStatus.STOPPED, self._why_ended or why
-            contexts, self._contexts = list(self._contexts.values()), {}
         if not was_running:
             return False
-        yield from _close(contexts, f"the sandbox ended: {why}", orderly=orderly)
+        yield from self._until_removed(over)
+        return True
+
+    def _end(self, sentence: str, *, orderly: bool) -> Operation[None]:
         if self._lifetime is not None:
             self._lifetime.cancel()
+        yield from _close(list(self._contexts.values()), sentence, orderly=orderly)
+        self._contexts.clear()
         yield from self._remove()
-        return True
 
     def _remove(self) -> Operation[None]:
         removed = Inbox()
         the_loop().run_blocking(
             self.variant.remove, lambda _, error: removed.put(_Removed(error)), apart=True
         )
-        event = yield from _next_event(removed)
+        yield from self._until_removed(removed)
         _live.discard(self)
+
+    def _until_removed(self, inbox: Inbox) -> Operation[None]:
+        event = yield from _next_event(inbox)
         if isinstance(event, _Removed) and event.error is not None:
+            if isinstance(event.error, SandboxConnectionError):
+                raise event.error
             raise SandboxConnectionError(f"{self.id} has ended, but not all could be removed: {event.error}")
 
     def check_running(self) -> None:
@@ -285,8 +297,12 @@ class Core:
         if self.status is SandboxStatus.STOPPED:
             raise SandboxNotStartedError(f"{self.id} is terminated: {self._why_ended}")
 
+    @property
+    def is_of_this_process(self) -> bool:
+        return os.getpid() == self._pid
+
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if not self.is_of_this_process:
             raise SandboxConnectionError(
                 f"{self.id} belongs to process {self._pid}, and this is its fork {os.getpid()};"
                 f" reach it with Sandbox.from_id({self.id!r})"
@@ -313,7 +329,7 @@ class Core:
             raise TypeError(f"code must be a str, not {type(code).__name__}")
         seconds = self.config.timeout if timeout is None else check_seconds("timeout", timeout)
         held = self._resolve(context, language)
-        if held.context.id in running_inside.get():
+        if any(run.kernel is held.kernel and not run.told for run in running_inside.get()):
             raise RuntimeError(
                 f"run_code() on the context {held.context.name!r} from inside a callback of its own run"
                 " would wait for itself; use another context"
@@ -333,7 +349,7 @@ class Core:
             started_at=time.time(),
         )
         inbox = Inbox(self.variant.max_output)
-        run = Run(execution.content, seconds or None, inbox, listen=listen)
+        run = Run(held.kernel, execution.content, seconds or None, inbox, listen=listen)
         held.kernel.execute(run)
         return (yield from _follow(held, run, execution, inbox, listen=listen))
 
@@ -387,9 +403,9 @@ class Core:
             yield from self.restart_context(held.context)
 
     def _delete(self, held: _Held) -> Operation[None]:
+        yield from _close([held], f"the context {held.context.name!r} was deleted", orderly=True)
         with self._lock:
             self._contexts.pop(held.context.id, None)
-        yield from _close([held], f"the context {held.context.name!r} was deleted", orderly=True)
 
     def _resolve(self, context: Context | str | None, language: str | None) -> _Held:
         if context is None:
@@ -425,6 +441,8 @@ class Core:
         context_id = os.urandom(4).hex()
         with self._lock:
             name = context_id if name is None else name
+            if name == "default" or name.startswith("default-"):
+                raise ValueError(f"the name {name!r} is kept for the contexts of runs that name none")
             if any(name in (held.context.name, held.context.id) for held in self._contexts.values()):
                 raise ValueError(f"there is a context {name!r} already")
             return self._add(context_id, name, kernel_name, cwd, env)
@@ -458,6 +476,8 @@ def _follow(
                 shown = yield from _next_shown(execution, inbox)
                 if failure is None:
                     yield from _tell(held, run, execution, shown, listen=listen)
+            except GeneratorExit:  # nobody drives this any more
+                raise
             except BaseException as error:
                 if failure is not None:
                     raise
@@ -470,6 +490,8 @@ def _follow(
         held.kernel.cancel(run)
         held.kernel.abandon(run)
         raise
+    finally:
+        run.told = True
     if failure is None or isinstance(failure, LeftEarly):
         return execution.result()
     held.kernel.abandon(run)
@@ -501,13 +523,13 @@ def _tell(
             # A piece of text may be many lines: they are made one by one, as they are told.
             for output in item if isinstance(item, Printed) else (item,):
                 try:
-                    yield Emit(output, held.context.id)
+                    yield Emit(output, run)
                 except Exception as error:
                     raise _CallbackError(error) from None
 
 
 def _ask(held: _Held, run: Run, execution: Execution, request: InputRequest) -> Operation[None]:
-    answer = yield Ask(request, held.context.id)
+    answer = yield Ask(request, run)
     if not isinstance(answer, str):
         raise TypeError(f"on_input must return a str, not {type(answer).__name__}")
     asked, execution.input_asked = execution.input_asked, None
@@ -545,16 +567,29 @@ def _in_order(streams: Iterable[Iterable[OutputMessage]]) -> list[OutputMessage]
     return sorted((message for stream in streams for message in stream), key=lambda m: m.timestamp)
 
 
-def _drive_in_loop(loop: Loop, operation: Operation[object]) -> None:
-    """Drive an operation that only waits, from the I/O thread itself, for nobody."""
+def _drive_in_loop(
+    loop: Loop, operation: Operation[object], then: Callable[[Exception | None], None]
+) -> None:
+    """Drive an operation that only waits, in the I/O thread itself; *then* is told how it ended."""
 
     def advance() -> None:
-        for step in operation:
-            if isinstance(step, Wait):
-                step.inbox.notify(lambda: loop.call_soon(advance))
-                return
+        try:
+            for step in operation:
+                if isinstance(step, Wait):
+                    step.inbox.notify(lambda: loop.call_soon(advance))
+                    if step.inbox.is_empty:
+                        return
+        except Exception as error:  # whatever it is belongs to the one who asked
+            then(error)
+        else:
+            then(None)
 
     loop.call_soon(advance)
+
+
+def _log_failure(error: Exception | None) -> None:
+    if error is not None:
+        _log.error("%s", error)
 
 
 _live: set[Core] = set()

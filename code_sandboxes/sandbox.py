@@ -6,12 +6,15 @@ It needs no event loop and disturbs none, so it works in a notebook cell and fro
 from __future__ import annotations
 
 import atexit
+import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from code_sandboxes import operations
+from code_sandboxes.errors import SandboxError
 from code_sandboxes.front import Front, known_variant
 from code_sandboxes.info import SandboxStatus, SandboxVariant
 from code_sandboxes.operations import (
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
 __all__ = ["CodeStream", "LocalJupyterSandbox", "Sandbox"]
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SandboxT = TypeVar("SandboxT", bound="Sandbox")
@@ -149,7 +154,8 @@ class Sandbox(Front):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.terminate()
+        if self._core.is_of_this_process:  # a forked child leaves the block too; it ends nothing
+            self.terminate()
 
     # Code.
 
@@ -277,6 +283,7 @@ class CodeStream:
         self._handlers = handlers
         self._result: ExecutionResult | None = None
         self._begun = False
+        self._pid = os.getpid()
 
     @property
     def result(self) -> ExecutionResult:
@@ -308,7 +315,9 @@ class CodeStream:
             self._result = stop.value
 
     def _leave(self) -> None:
-        """Interrupt the run and follow it to its end."""
+        """Interrupt the run and follow it to its end; in a forked child it is not ours."""
+        if os.getpid() != self._pid:
+            return
         try:
             step = self._operation.throw(LEFT)
             while True:
@@ -340,7 +349,7 @@ def _perform(step: Step, handlers: Handlers) -> object:
     if isinstance(step, Wait):
         step.inbox.wait(None if step.until is None else step.until - time.monotonic())
         return None
-    with inside(step.context_id):
+    with inside(step.run):
         return handlers.call(step.request if isinstance(step, Ask) else step.output)
 
 
@@ -350,7 +359,10 @@ _CLASSES = {each._variant: each for each in (LocalJupyterSandbox,)}
 def _end_all() -> None:
     """At the end of the program: nothing that it made outlives it."""
     for core in operations.live_cores():
-        _drive(core.terminate(orderly=False, why="its program ended"))
+        try:
+            _drive(core.terminate(orderly=False, why="its program ended"))
+        except SandboxError as error:  # the others must end all the same
+            _log.error("%s", error)
     for variant_class in operations.used_variants():
         variant_class.leave()
 

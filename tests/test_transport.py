@@ -151,7 +151,7 @@ class Client:
     def run(self, timeout: float | None = 20) -> ExecutionResult:
         execution = Execution("code", displays=self.kernel.displays)
         inbox = Inbox()
-        self.kernel.execute(Run(execution.content, timeout, inbox))
+        self.kernel.execute(Run(self.kernel, execution.content, timeout, inbox))
         while not execution.done:
             execution.feed(_next(inbox), time.monotonic())
         return execution.result()

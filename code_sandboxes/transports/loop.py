@@ -32,6 +32,8 @@ _T = TypeVar("_T")
 
 Callback = Callable[[], None]
 
+_FARTHEST = 3600.0
+
 
 class Timer:
     """A call that is due at *when* (monotonic seconds), unless it is cancelled before."""
@@ -74,11 +76,14 @@ class Loop:
         """Call *callback* in the I/O thread, after what was asked for before."""
         self._calls.append(callback)
         if not self._awake and not self.is_here():
-            self._awake = True
             try:
+                self._awake = True
                 self._waker.send(b"\0")
             except BlockingIOError:  # so many wake-ups are waiting that it will wake anyway
                 return
+            except BaseException:  # Ctrl-C, here of all places: without the byte nobody would ever wake it
+                self._awake = False
+                raise
 
     def is_here(self) -> bool:
         """Is the caller a callback of this loop?"""
@@ -105,9 +110,12 @@ class Loop:
                 failure = error
             self.call_soon(lambda: then(value, failure))
 
-        if apart:
+        if not apart:
+            self._blocking.put(work)
+            return
+        try:
             threading.Thread(target=work, name="code_sandboxes-apart", daemon=True).start()
-        else:
+        except RuntimeError:  # no more threads to be had: it takes its turn with the others
             self._blocking.put(work)
 
     def call_at(self, when: float, callback: Callback) -> Timer:
@@ -158,7 +166,10 @@ class Loop:
             return 0
         while self._timers and self._timers[0][2].callback is None:
             heapq.heappop(self._timers)
-        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+        if not self._timers:
+            return None
+        # epoll_wait(2) takes an int of milliseconds: what is farther away is looked at again.
+        return min(_FARTHEST, max(0.0, self._timers[0][0] - time.monotonic()))
 
     def _run_timers(self) -> None:
         now = time.monotonic()
@@ -195,6 +206,8 @@ _left_to_parent: list[object] = []
 def the_loop() -> Loop:
     """The loop of this process, started on first need."""
     global _loop
+    if _loop is not None:
+        return _loop
     with _creating:
         if _loop is None:
             _loop = Loop()
