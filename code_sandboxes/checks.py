@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-__all__ = ["check_seconds"]
+__all__ = ["check_number", "check_seconds", "check_str", "check_str_mapping"]
 
 
 def check_seconds(name: str, value: object) -> float:
@@ -19,3 +20,37 @@ def check_seconds(name: str, value: object) -> float:
     if math.isnan(value) or value < 0:
         raise ValueError(f"{name} must be 0 or more seconds, not {value}")
     return float(value)
+
+
+def check_number(name: str, value: object, unit: str) -> None:
+    """
+    Raises:
+        TypeError: *value* is neither None nor a number.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"{name} must be a number of {unit}, not {type(value).__name__}")
+
+
+def check_str(name: str, value: object) -> None:
+    """
+    Raises:
+        TypeError: *value* is neither None nor a str.
+    """
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, not {type(value).__name__}")
+
+
+def check_str_mapping(name: str, value: object) -> dict[str, str]:
+    """*value* as a dictionary; an empty one for None.
+
+    Raises:
+        TypeError: it is not a mapping from str to str.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping, not {type(value).__name__}")
+    for item in (*value.keys(), *value.values()):
+        if not isinstance(item, str):
+            raise TypeError(f"{name} must map str to str, not {type(item).__name__}")
+    return dict(value)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from code_sandboxes.checks import check_number, check_str, check_str_mapping
 from code_sandboxes.info import Capabilities, ResourceConfig, SandboxInfo, SandboxStatus, SandboxVariant
 from code_sandboxes.operations import Core
 from code_sandboxes.results import Logs
@@ -48,13 +49,16 @@ class Front:
             raise TypeError(f"{name} is made by {name}.create(), or by the class of its variant")
         if config is not None and not isinstance(config, SandboxConfig):
             raise TypeError(f"config must be a SandboxConfig, not {type(config).__name__}")
+        check_str("name", name)
+        check_number("memory", memory, "MiB")
+        check_number("cpu", cpu, "CPUs")
         changes = {
             "timeout": timeout,
             "environment": environment,
             "gpu": gpu,
             "cpu_limit": cpu,
-            "memory_limit": None if memory is None else memory * _MIB,
-            "env_vars": None if env is None else dict(env),
+            "memory_limit": None if memory is None else round(memory * _MIB),
+            "env_vars": None if env is None else check_str_mapping("env", env),
             "network_policy": network_policy,
             "allowed_hosts": allowed_hosts,
         }
@@ -62,7 +66,7 @@ class Front:
         variant = _variant_class(self._variant)(settings, options)
         if snapshot_name is not None:
             raise variant.refuse(f"restore the snapshot {snapshot_name!r}", "it cannot make any yet")
-        self._core = Core(variant, settings, name, tags or {})
+        self._core = Core(variant, settings, name, check_str_mapping("tags", tags))
 
     @staticmethod
     def capabilities_of(variant: SandboxVariant | str) -> Capabilities:
@@ -117,7 +121,7 @@ class Front:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Replace its tags."""
-        self._core.tags = dict(tags)
+        self._core.tags = check_str_mapping("tags", tags)
 
     @property
     def capabilities(self) -> Capabilities:

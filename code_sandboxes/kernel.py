@@ -22,6 +22,7 @@ from typing import Literal, Protocol
 from code_sandboxes.errors import SandboxConnectionError, SandboxError, SandboxNotStartedError
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.protocol.events import (
+    ConnectionLost,
     Died,
     Displayed,
     Done,
@@ -217,6 +218,8 @@ class Run:
         self.time_left: float | None = None
         self.settling: Timer | None = None
         self.poke_ids: list[str] = []
+        self.replied = False
+        self.idle_by_itself = False
         self.lost_state = False
         self.abandoned = False
         self.told = False
@@ -254,7 +257,7 @@ class Kernel:
         self._heard_iopub = self._welcomed = False
         self._start_timer: Timer | None = None
         self._last_message = 0.0
-        self._restarting = self._dying = self._reconnecting = False
+        self._restarting = self._dying = self._reconnecting = self._loss_told = False
         self._releasing = 0
         self._death_unreported = False
         self._background = Outputs(self.displays, _BACKGROUND_LIMIT)
@@ -454,10 +457,20 @@ class Kernel:
         self._advance()
 
     def _over_without_reply(self, run: Run) -> None:
-        if run.started:
+        if run.replied or (run.started and not run.idle_by_itself):
             self._over(run)
-        else:  # it could not even begin with the code: such a kernel is of no use any more
+        elif run.started:
+            self._replace(run)
+        else:  # it could not even begin with the code
             self._kill_under(run)
+
+    def _replace(self, run: Run) -> None:
+        """The kernel went idle and did not reply: it would not reply to the next one either."""
+        assert self._process is not None
+        sentence = "the kernel went idle without a reply; it was ended, and its variables are gone"
+        self._dying = self._loss_told = run.lost_state = True
+        self._finish(run, ConnectionLost(sentence, state_preserved=False))
+        self._process.kill()
 
     def _finish(self, run: Run, event: Event) -> None:
         """Nothing more comes for *run*: *event* is its last."""
@@ -579,6 +592,7 @@ class Kernel:
     def _of_the_run(self, run: Run, event: Event) -> None:
         if isinstance(event, (Idle, KernelStatus)):
             if isinstance(event, Idle):
+                run.idle_by_itself = not run.signalled
                 self._settle(run)
             return
         if isinstance(event, Done):
@@ -589,6 +603,7 @@ class Kernel:
                 return  # a kernel that asks all the same waits for nobody: the deadline ends it
             self._pause_clock(run)
         elif isinstance(event, Replied):
+            run.replied = True
             self._settle(run)
         run.inbox.put(event, wake=not isinstance(event, run.quiet))
         if isinstance(event, Started):
@@ -608,6 +623,9 @@ class Kernel:
         if quiet_for < _SETTLE:
             patience = _SETTLE - quiet_for
             run.settling = self._loop.call_later(patience, lambda: self._settle_if_quiet(run))
+            return
+        if not run.replied:
+            self._replace(run)
             return
         # Not the kernel's habit: libzmq gives up a connection on which a message was too large.
         run.inbox.put(OutputDropped())
@@ -676,7 +694,7 @@ class Kernel:
     def _died(self, process: KernelProcess) -> None:
         code = process.exit_code()
         if self._current is None:
-            self._death_unreported = True
+            self._death_unreported, self._loss_told = not self._loss_told, False
         else:
             began = self._current.started
             when = "while it ran the code" if began else "before it told that it had begun with the code"

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from code_sandboxes.checks import check_seconds
+from code_sandboxes.checks import check_seconds, check_str, check_str_mapping
 from code_sandboxes.errors import (
     ContextNotFoundError,
     SandboxConnectionError,
@@ -327,6 +327,7 @@ class Core:
         self.check_running()
         if not isinstance(code, str):
             raise TypeError(f"code must be a str, not {type(code).__name__}")
+        check_str("language", language)
         seconds = self.config.timeout if timeout is None else check_seconds("timeout", timeout)
         held = self._resolve(context, language)
         if any(run.kernel is held.kernel and not run.told for run in running_inside.get()):
@@ -374,7 +375,9 @@ class Core:
         self, name: str | None, *, language: str | None, cwd: str | None, env: Mapping[str, str] | None
     ) -> Operation[Context]:
         self.check_running()
-        held = self._new_context(name, language, cwd, env or {})
+        for what, value in (("name", name), ("language", language), ("cwd", cwd)):
+            check_str(what, value)
+        held = self._new_context(name, language, cwd, check_str_mapping("env", env))
         try:
             yield from self._started(held)
         except BaseException:

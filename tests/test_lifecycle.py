@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,33 @@ def test_max_lifetime_ends_it(make_sandbox: MakeSandbox, runtime_folder: Path) -
     assert result.error is not None
     assert result.error.value == "the sandbox ended: it reached its max_lifetime of 1 s"
     assert sandbox.status == "stopped"
+    _wait_until(lambda: set(runtime_folder.iterdir()) == before)
+
+
+def test_a_lifetime_of_years_is_only_a_long_one(make_sandbox: MakeSandbox) -> None:
+    sandbox = make_sandbox(config=SandboxConfig(max_lifetime=1e10))
+    for _ in range(3):
+        assert sandbox.run_code("1 + 1", timeout=1e9).text == "2"
+
+
+def test_ctrl_c_while_it_is_terminated_does_not_keep_it_from_ending(
+    runtime_folder: Path, variant: str
+) -> None:
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+    before = set(runtime_folder.iterdir())
+    for delay in (0.0005, 0.001, 0.002, 0.004):
+        sandbox = Sandbox.create(variant, isolation="none")
+        timer = threading.Timer(delay, signal.pthread_kill, (main_thread, signal.SIGINT))
+        try:
+            timer.start()
+            sandbox.terminate()
+            timer.join()
+            time.sleep(0.1)  # the signal that is on its way
+        except KeyboardInterrupt:
+            assert sandbox.status in ("running", "stopped")
+        if sandbox.is_running:
+            sandbox.terminate()
     _wait_until(lambda: set(runtime_folder.iterdir()) == before)
 
 

@@ -39,6 +39,7 @@ ENDINGS = {
     "normal": Ending("x = 1", "ok"),
     "exception": Ending("1 / 0", "error", "ZeroDivisionError"),
     "sys.exit": Ending("import sys; sys.exit(2)", "exited", exit_code=2),
+    "exit": Ending("exit(3)", "exited", exit_code=3),
     "sys.exit(0)": Ending("import sys; sys.exit(0)", "exited", exit_code=0),
     "os._exit": Ending("import os; os._exit(3)", "kernel_died", "KernelDied", 3, False),
     "segfault": Ending("import ctypes; ctypes.string_at(0)", "kernel_died", "KernelDied", -11, False),
@@ -148,6 +149,56 @@ def test_variables_that_were_lost_in_a_run_whose_result_nobody_saw_are_told_by_t
 
     assert sandbox.run_code("1").state_preserved is False
     assert sandbox.run_code("1").state_preserved is True
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os, shutil; shutil.rmtree(os.environ['HOME']); os._exit(1)",
+        "import os, shutil; shutil.rmtree(os.path.dirname(os.environ['HOME'])); os._exit(1)",
+        "import sys; sys.stdout = sys.stderr = None",
+        "import os; os.close(0); os.close(1); os.close(2)",
+        "import sys; sys.modules.clear()",
+        "import builtins; del builtins.print, builtins.open, builtins.compile",
+    ],
+)
+def test_code_that_ruins_what_it_runs_in_ruins_it_for_one_run_at_most(sandbox: Sandbox, code: str) -> None:
+    sandbox.run_code(code, timeout=5)
+    sandbox.run_code("print(1)", timeout=1)
+
+    assert sandbox.run_code("40 + 2", timeout=20).text == "42"
+
+
+def test_what_was_shown_before_os_exit_is_kept(sandbox: Sandbox) -> None:
+    result = sandbox.run_code(
+        "from IPython.display import display\nimport os\n"
+        "display('shown')\nos.write(1, b'raw\\n')\nos.system('echo child')\nprint('last')\nos._exit(3)"
+    )
+
+    assert sorted(result.stdout.splitlines()) == ["child", "last", "raw"]
+    assert [r.text for r in result.results] == ["'shown'"]
+
+
+def test_what_forked_children_printed_does_not_hide_what_was_printed_last(sandbox: Sandbox) -> None:
+    result = sandbox.run_code(
+        "import os, time\npid = os.fork()\n"
+        "if not pid:\n    print('c' * 1000, flush=True); time.sleep(0.2); os._exit(0)\n"
+        "os.waitpid(pid, 0)\ntime.sleep(0.2)\nprint('precious')\nos.kill(os.getpid(), 9)"
+    )
+
+    assert result.stdout == "c" * 1000 + "\nprecious"
+
+
+def test_interrupt_while_the_kernel_is_starting_again_takes_the_run_out(sandbox: Sandbox) -> None:
+    sandbox.run_code("import os; os._exit(1)")
+    results: list[ExecutionResult] = []
+    run = threading.Thread(target=lambda: results.append(sandbox.run_code("while True: pass", timeout=0)))
+    run.start()
+    _wait_until(lambda: sandbox.interrupt())
+    run.join(30)
+
+    assert results[0].status in ("aborted", "interrupted")
+    assert sandbox.run_code("1").text == "1"
 
 
 def test_interrupt_from_another_thread_keeps_the_variables(sandbox: Sandbox) -> None:

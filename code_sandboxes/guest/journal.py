@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 import struct
+import threading
 
 RING = 1024 * 1024
 STREAMS = ("stdout", "stderr")
@@ -23,13 +24,14 @@ _FILE_SIZE = _REGION * len(STREAMS)
 
 
 class Journal:
-    """Record what is written, in the process that writes it. The caller keeps writers of a stream apart.
+    """Record what is written, in the process that writes it; from any thread.
 
     Args:
         path: a file made by :func:`create`.
     """
 
     def __init__(self, path: str) -> None:
+        self._lock = threading.Lock()
         self._totals = [0] * len(STREAMS)
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -40,18 +42,19 @@ class Journal:
     def record(self, stream: int, text: str) -> None:
         """*text* was written to ``STREAMS[stream]``."""
         data = text.encode("utf-8", "replace")
-        total = self._totals[stream]
         start = _REGION * stream + _TOTAL.size
-        position = total % RING
-        end = position + len(data)
-        if end <= RING:
-            self._map[start + position : start + end] = data
-        else:
-            self._wrap(start, position, data)
-        total += len(data)
-        self._totals[stream] = total
-        # The count last: a reader must not find bytes counted that are not there yet.
-        _TOTAL.pack_into(self._map, _REGION * stream, total)
+        with self._lock:
+            total = self._totals[stream]
+            position = total % RING
+            end = position + len(data)
+            if end <= RING:
+                self._map[start + position : start + end] = data
+            else:
+                self._wrap(start, position, data)
+            total += len(data)
+            self._totals[stream] = total
+            # The count last: a reader must not find bytes counted that are not there yet.
+            _TOTAL.pack_into(self._map, _REGION * stream, total)
 
     def _wrap(self, start: int, position: int, data: bytes) -> None:
         kept = data[-RING:]

@@ -6,11 +6,15 @@ is guarded: on an ipykernel that does not have what it changes, that version's o
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import importlib.util
+import json
 import os
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -39,13 +43,16 @@ def import_kernelapp() -> ModuleType:
 
 def publish_sooner(connection_file: str) -> None:
     """Make a print arrive within milliseconds, the end of a cell without empty flushes, and lose nothing."""
-    from ipykernel.iostream import OutStream
+    from ipykernel.iostream import IOPubThread, OutStream
 
     if hasattr(OutStream, "flush_interval"):
         OutStream.flush_interval = FLUSH_INTERVAL
     if all(hasattr(OutStream, name) for name in ("flush", "_flush", "write", "_schedule_flush")):
+        record = journal_beside(connection_file)
         skip_empty_flushes(OutStream)
-        write_faster(OutStream, journal_beside(connection_file))
+        write_faster(OutStream, record)
+        if record is not None and hasattr(IOPubThread, "_handle_pipe_msg"):
+            record_children(record)
 
 
 def skip_empty_flushes(out_stream: Any) -> None:
@@ -172,6 +179,67 @@ def load_sibling(name: str) -> Any:
     return module
 
 
+def exit_like_python() -> None:
+    """Let ``exit(3)`` do what it does elsewhere: raise ``SystemExit(3)``, at once."""
+    from IPython.core import autocall
+
+    def leave(self: Any, code: Any = None) -> None:
+        raise SystemExit(code)
+
+    names = [name for name in ("ExitAutocall", "ZMQExitAutocall") if hasattr(autocall, name)]
+    for name in names:
+        each: Any = getattr(autocall, name)
+        each.__call__ = leave
+
+
+def publish_before_exit() -> None:
+    """Let ``os._exit()`` wait until what the code has shown is on its way; the journal has only text."""
+    leave, kernel = os._exit, os.getpid()
+
+    def publish_and_exit(status: int) -> None:
+        if os.getpid() == kernel:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):  # whatever they are by now, nothing may keep it
+                    stream.flush()
+            # Time for the threads that read pipes and write sockets: they cannot be asked.
+            time.sleep(0.02)
+        leave(status)
+
+    setattr(os, "_exit", publish_and_exit)  # noqa: B010  (mypy: a function of another module)
+
+
+def record_children(record: Callable[[int, str], None]) -> None:
+    """Record, too, what forked children print: it comes through a pipe, and the kernel publishes it."""
+    from ipykernel import iostream
+
+    io_thread: Any = iostream.IOPubThread
+    send, handle = io_thread.send_multipart, io_thread._handle_pipe_msg
+    forwarding = threading.local()
+
+    def recording_send(self: Any, message: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(forwarding, "now", False):
+            record_message(record, message)
+        send(self, message, *args, **kwargs)
+
+    def forwarding_handle(self: Any, *args: Any) -> None:
+        forwarding.now = True
+        try:
+            handle(self, *args)
+        finally:
+            forwarding.now = False
+
+    io_thread.send_multipart = recording_send
+    io_thread._handle_pipe_msg = forwarding_handle
+
+
+def record_message(record: Callable[[int, str], None], frames: list[bytes]) -> None:
+    """Record the text of a ``stream`` message."""
+    parts = frames[frames.index(b"<IDS|MSG>") + 2 :]
+    if json.loads(parts[0]).get("msg_type") == "stream":
+        content = json.loads(parts[3].decode("utf-8", "replace"))
+        record(content["name"] == "stderr", content["text"])
+
+
 def report_crashes() -> None:
     """Let a crash of the interpreter say where, on the standard error that the host reads.
 
@@ -187,7 +255,9 @@ def main() -> None:
     # sys.exit() is an outcome here, told as such; IPython's advice on how to leave a terminal is noise.
     warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning)
     report_crashes()
+    publish_before_exit()
     kernelapp = import_kernelapp()
+    exit_like_python()
     survive_interrupts(kernelapp.IPKernelApp)
     if hasattr(kernelapp.IPKernelApp, "init_iopub"):
         publish_everything(kernelapp.IPKernelApp)

@@ -156,6 +156,8 @@ class Execution:
         self._completed_at = now + self._to_epoch
         if isinstance(event, (Died, Terminated)):
             self._state_preserved = False
+        elif isinstance(event, ConnectionLost):
+            self._state_preserved &= event.state_preserved
         shown: list[Shown] = [*self._outputs.flush(self._completed_at)]
         for last in self._at_the_end():
             shown += self._outputs.feed(last, now, self._completed_at)
@@ -279,7 +281,7 @@ class Execution:
         if self.status is not ExecutionStatus.EXITED:
             return None
         if self._reply is not None and self._reply.status == "ok":
-            return 0
+            return _asked_exit_code(self._reply.content)
         return _exit_code_of(self._failure().value)
 
     def _exit_message(self) -> str:
@@ -306,6 +308,12 @@ def _pages(content: Mapping[str, object]) -> list[Displayed]:
     """What ``obj?`` shows is published nowhere: it is only in the reply (section "Payloads")."""
     pages = [item.get("data") for item in _payloads(content) if item.get("source") == "page"]
     return [Displayed(data, {}) for data in pages if isinstance(data, dict)]
+
+
+def _asked_exit_code(content: Mapping[str, object]) -> int:
+    """The argument of ``exit()``: ipykernel takes it for "keep the kernel", and tells it as that."""
+    codes = [item.get("keepkernel") for item in _payloads(content) if item.get("source") == "ask_exit"]
+    return next((code for code in codes if isinstance(code, int) and not isinstance(code, bool)), 0)
 
 
 def _asks_exit(content: Mapping[str, object]) -> bool:

@@ -217,6 +217,7 @@ class ConnectionLost(Event):
     """The kernel tells nothing any more."""
 
     sentence: str
+    state_preserved: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from any installed kernelspec.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -20,14 +19,16 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, cast
 
+from code_sandboxes.checks import check_str
 from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError, SandboxIsolationWarning
 from code_sandboxes.guest import journal
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
@@ -47,6 +48,8 @@ __all__ = ["LocalJupyter"]
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # sun_path of unix(7) holds 107 bytes and a zero; macOS has 103.
 _LONGEST_SOCKET_PATH = 103
 
@@ -54,12 +57,14 @@ _CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 _LAUNCH = str(Path(__file__).parent.parent / "guest" / "launch.py")
 _IPYKERNEL_ARGUMENTS = ("--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0")
 _KEPT_STDERR = 16 * 1024
+_PERSISTENCE = 3.0
+_ADVICE = "set CODE_SANDBOXES_RUNTIME_DIR to a folder of yours"
 
 _NEEDS_ISOLATION = "that takes isolation, and it has only a process of its own yet"
+_NO_GPU_CHOICE = "what GPUs the machine has are visible to the code"
 _UNENFORCED = (
     ("memory_limit", "limit the memory"),
     ("cpu_limit", "limit the CPUs"),
-    ("gpu", "choose a GPU"),
 )
 
 
@@ -68,13 +73,14 @@ class LocalJupyter(Variant):
 
     name = SandboxVariant.LOCAL_JUPYTER
     options: ClassVar[frozenset[str]] = frozenset(
-        {"disk", "isolation", "kernel_name", "max_output", "mounts", "pids"}
+        {"disk", "isolation", "kernel_name", "max_output", "mounts", "pids", "preload"}
     )
 
     def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         super().__init__(config, options)
         if not hasattr(os, "killpg"):
             raise self.refuse("run on this system", "it needs process groups; use Linux or macOS")
+        check_str("kernel_name", options.get("kernel_name"))
         self._refuse_what_is_not_enforced(config, options)
         isolation = options.get("isolation") or "auto"
         if isolation == "auto":
@@ -92,6 +98,10 @@ class LocalJupyter(Variant):
         for option in ("disk", "mounts", "pids"):
             if options.get(option) is not None:
                 raise self.refuse(f"honour {option}={options[option]!r}", _NEEDS_ISOLATION)
+        if config.gpu is not None:
+            raise self.refuse(f"choose a GPU (gpu={config.gpu!r})", _NO_GPU_CHOICE)
+        if options.get("preload") is not None:
+            raise self.refuse(f"preload {options['preload']!r}", "its kernels are started one by one yet")
         if config.network_policy in ("none", "allowlist"):
             raise self.refuse(
                 f"enforce network_policy={config.network_policy!r}",
@@ -124,7 +134,7 @@ class LocalJupyter(Variant):
             cpu_limit=not_isolated,
             pids_limit=not_isolated,
             disk_limit=not_isolated,
-            gpu=Capability(False, "it cannot choose one; what the machine has is visible to the code"),
+            gpu=Capability(False, _NO_GPU_CHOICE),
             mounts=not_isolated,
             idle_timeout=not_yet,
             snapshots=not_yet,
@@ -133,7 +143,10 @@ class LocalJupyter(Variant):
 
     @property
     def isolation(self) -> str:
-        return "none: a process of this user, in a home of its own; files and network are the machine's"
+        return (
+            "none: a process of this user, in a home of its own; files and network are the machine's, and"
+            " a child that leaves its session (setsid) outlives it"
+        )
 
     @property
     def max_output(self) -> int:
@@ -161,19 +174,28 @@ class LocalJupyter(Variant):
         folder = _runtime_root() / secrets.token_hex(4)
         _check_length(folder)
         _reaper().guard_folder(str(folder))
-        folder.mkdir(mode=0o700)
-        (folder / "home").mkdir()
+        try:
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            _reaper().release_folder(str(folder))
+            raise _unusable(folder, error) from error
         self._folder = folder
 
     def launcher(
         self, kernel_name: str, cwd: str | None, env: Mapping[str, str]
     ) -> Callable[[], LocalProcess]:
-        spec = _kernelspecs()[kernel_name]
-        return lambda: self._launch(spec, cwd, env)
+        spec, sandbox_folder = _kernelspecs()[kernel_name], self._folder
+        return lambda: self._launch(spec, sandbox_folder, cwd, env)
 
-    def _launch(self, spec: _Spec, cwd: str | None, env: Mapping[str, str]) -> LocalProcess:
-        home = self._folder / "home"
-        folder = self._folder / secrets.token_hex(2)
+    def _launch(
+        self, spec: _Spec, sandbox_folder: Path, cwd: str | None, env: Mapping[str, str]
+    ) -> LocalProcess:
+        home = sandbox_folder / "home"
+        folder = sandbox_folder / secrets.token_hex(2)
+        # What was there before, code may have removed or closed since.
+        sandbox_folder.mkdir(mode=0o700, exist_ok=True)
+        sandbox_folder.chmod(0o700)
+        home.mkdir(mode=0o700, exist_ok=True)
         folder.mkdir(mode=0o700)
         try:
             connection = _write_connection_file(folder, spec.name)
@@ -194,10 +216,7 @@ class LocalJupyter(Variant):
     def remove(self) -> None:
         folder, self._folder = self._folder, Path()
         if folder != Path():
-            if sys.version_info >= (3, 12):
-                shutil.rmtree(folder, onexc=_make_removable)
-            else:
-                shutil.rmtree(folder, onerror=_make_removable)
+            _remove_tree(folder)
             _reaper().release_folder(str(folder))
 
     @classmethod
@@ -263,24 +282,25 @@ class LocalProcess:
         self._signal_group(signal.SIGKILL)
         self._has_ended = True
         self._process.wait()
-        self._hear(loop)
+        if self._stderr >= 0:
+            self._hear(loop)  # a pipe holds 64 KiB: that is all there can be
         if self._stderr >= 0:
             self._close_stderr(loop)
         ended()
 
     def _hear(self, loop: Loop) -> None:
-        while self._stderr >= 0:
-            try:
-                said = os.read(self._stderr, 65536)
-            except BlockingIOError:
-                return
-            if not said:
-                self._close_stderr(loop)
-                return
-            self._said.append(said)
-            self._said_size += len(said)
-            while self._said_size - len(self._said[0]) > _KEPT_STDERR:
-                self._said_size -= len(self._said.popleft())
+        # Once a turn: whoever floods it must not keep the others waiting.
+        try:
+            said = os.read(self._stderr, 65536)
+        except BlockingIOError:
+            return
+        if not said:
+            self._close_stderr(loop)
+            return
+        self._said.append(said)
+        self._said_size += len(said)
+        while self._said_size - len(self._said[0]) > _KEPT_STDERR:
+            self._said_size -= len(self._said.popleft())
 
     def _close_stderr(self, loop: Loop) -> None:
         loop.remove_reader(self._stderr)
@@ -445,7 +465,7 @@ def _start(
     """The process, and where its standard error can be read."""
     read, write = os.pipe()
     try:
-        process = asyncio.run(_provision(spec, command, environment, cwd, write))
+        process = _run_to_end(_provision(spec, command, environment, cwd, write))
     except BaseException:
         os.close(read)
         raise
@@ -453,6 +473,17 @@ def _start(
         os.close(write)
     _reaper().guard_group(process.pid)
     return process, read
+
+
+def _run_to_end(coroutine: Coroutine[object, None, T]) -> T:
+    """Run a coroutine that never waits, as those of the local provisioner; no event loop is needed for it."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+    coroutine.close()
+    raise RuntimeError("jupyter_client's local provisioner waited for something")
 
 
 async def _provision(
@@ -484,20 +515,40 @@ async def _provision(
 def _runtime_root() -> Path:
     """The folder all sandboxes of this user are in, entered by nobody else."""
     given = os.environ.get("CODE_SANDBOXES_RUNTIME_DIR")
-    root = Path(given) if given else Path(tempfile.gettempdir()) / f"code-sandboxes-{os.geteuid()}"
-    advice = "set CODE_SANDBOXES_RUNTIME_DIR to a folder of yours"
+    try:
+        root = Path(given or Path(tempfile.gettempdir()) / f"code-sandboxes-{os.geteuid()}").absolute()
+    except FileNotFoundError as error:
+        raise SandboxConfigurationError(f"there is no folder for temporary files; {_ADVICE}") from error
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = root.lstat()
     except OSError as error:
-        raise SandboxConfigurationError(
-            f"cannot make the runtime folder {root}: {error.strerror}; {advice}"
-        ) from error
+        raise _unusable(root, error) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise SandboxConfigurationError(
-            f"the runtime folder {root} is not a folder that only this user can enter; {advice}"
+            f"the runtime folder {root} is not a folder that only this user can enter; {_ADVICE}"
         )
     return root
+
+
+def _unusable(folder: Path, error: OSError) -> SandboxConfigurationError:
+    return SandboxConfigurationError(f"cannot make the runtime folder {folder}: {error.strerror}; {_ADVICE}")
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove *folder*, also while something still writes in it, for a while.
+
+    Raises:
+        OSError: that did not help.
+    """
+    give_up = time.monotonic() + _PERSISTENCE
+    while folder.exists():
+        if sys.version_info >= (3, 12):
+            shutil.rmtree(folder, onexc=_make_removable)
+        else:
+            shutil.rmtree(folder, onerror=_make_removable)
+        if folder.exists() and time.monotonic() > give_up:
+            raise OSError(f"something still writes in {folder}")
 
 
 def _check_length(folder: Path) -> None:
@@ -509,15 +560,12 @@ def _check_length(folder: Path) -> None:
         )
 
 
-def _make_removable(function: Callable[..., object], path: str, error: object) -> None:
-    """Code may have made a folder of its own unreadable; whose folder it is may change that."""
-    with contextlib.suppress(FileNotFoundError):
-        os.chmod(os.path.dirname(path), 0o700)
-        if os.path.isdir(path) and not os.path.islink(path):
-            os.chmod(path, 0o700)
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            function(path)
+def _make_removable(function: object, path: str, error: object) -> None:
+    """Code may have closed a folder of its own; whose folder it is may open it, for the next try."""
+    for folder in (os.path.dirname(path), path):
+        if os.path.isdir(folder) and not os.path.islink(folder):
+            with contextlib.suppress(OSError):
+                os.chmod(folder, 0o700)
 
 
 def _bytes(name: str, value: object, *, default: int) -> int:
