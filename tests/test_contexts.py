@@ -97,6 +97,8 @@ def test_a_death_in_one_context_leaves_the_others_alone(sandbox: Sandbox) -> Non
 
 def test_names_and_languages_are_checked(sandbox: Sandbox) -> None:
     sandbox.create_context("taken")
+    with pytest.raises(ValueError, match="the name 'default-bash' is kept for the contexts of runs"):
+        sandbox.create_context("default-bash")
     with pytest.raises(ValueError, match="there is a context 'taken' already"):
         sandbox.create_context("taken")
     with pytest.raises(ValueError, match="give either context= or language="):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from code_sandboxes import Sandbox, SandboxConfig
+from code_sandboxes import ContextNotFoundError, Sandbox, SandboxConfig
 from conftest import open_descriptors
 
 KERNELS = r"bash, .*python, python3"
@@ -24,13 +25,13 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
         {"colour": "red"},
         "TypeError",
         r"local-jupyter has no option 'colour'"
-        r" \(known: disk, isolation, kernel_name, max_output, mounts, pids\)",
+        r" \(known: disk, isolation, kernel_name, max_output, mounts, pids, preload\)",
     ),
     ({"config": {"timeout": 3}}, "TypeError", "config must be a SandboxConfig, not dict"),
     ({"timeout": -1}, "ValueError", "timeout must be 0 or more seconds, not -1.0"),
     ({"timeout": float("nan")}, "ValueError", "timeout must be 0 or more seconds, not nan"),
     ({"timeout": "3"}, "SandboxConfigurationError", "The 'timeout' trait of a SandboxConfig instance .*"),
-    ({"env": {"A": 1}}, "SandboxConfigurationError", ".*'env_vars' trait.*"),
+    ({"env": {"A": 1}}, "TypeError", "env must map str to str, not int"),
     (
         {"memory": 512},
         "SandboxConfigurationError",
@@ -45,6 +46,16 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
         {"gpu": "T4"},
         "SandboxConfigurationError",
         r"local-jupyter cannot choose a GPU \(gpu='T4'\): .*",
+    ),
+    ({"memory": "512"}, "TypeError", "memory must be a number of MiB, not str"),
+    ({"name": 5}, "TypeError", "name must be a str, not int"),
+    ({"tags": 5}, "TypeError", "tags must be a mapping, not int"),
+    ({"tags": {"a": 5}}, "TypeError", "tags must map str to str, not int"),
+    ({"kernel_name": []}, "TypeError", "kernel_name must be a str, not list"),
+    (
+        {"preload": ["numpy"]},
+        "SandboxConfigurationError",
+        r"local-jupyter cannot preload \['numpy'\]: its kernels are started one by one yet",
     ),
     (
         {"network_policy": "none"},
@@ -129,6 +140,7 @@ def test_secrets_do_not_show_in_the_representation_of_a_config() -> None:
         ({"timeout": -1}, ValueError, "timeout must be 0 or more seconds, not -1"),
         ({"timeout": "1"}, TypeError, "timeout must be a number of seconds, not str"),
         ({"timeout": True}, TypeError, "timeout must be a number of seconds, not bool"),
+        ({"language": 5}, TypeError, "language must be a str, not int"),
         (
             {"language": "cobol"},
             ValueError,
@@ -204,6 +216,20 @@ def test_a_runtime_folder_that_cannot_be_used_is_told(
     monkeypatch.setenv("CODE_SANDBOXES_RUNTIME_DIR", folder.format(tmp=tmp_path))
     with pytest.raises(Exception, match=f"^{sentence} CODE_SANDBOXES_RUNTIME_DIR to a "):
         Sandbox.create("local-jupyter", isolation="none")
+
+
+def test_a_relative_runtime_folder_is_as_good_as_any(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CODE_SANDBOXES_RUNTIME_DIR", "run")
+    with Sandbox.create("local-jupyter", isolation="none") as sandbox:
+        assert sandbox.run_code("1 + 1").text == "2"
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_errors_survive_pickling() -> None:
+    error = pickle.loads(pickle.dumps(ContextNotFoundError("a", ["b"])))
+
+    assert str(error) == "no context 'a' in this sandbox (known: b)"
 
 
 def test_the_front_itself_is_no_sandbox() -> None:

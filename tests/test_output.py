@@ -328,6 +328,15 @@ def test_a_callback_may_use_another_context_and_interrupt_but_not_wait_for_itsel
     assert result.status == "interrupted"
 
 
+@pytest.mark.callbacks
+def test_a_callback_may_run_code_in_another_sandbox(make_sandbox: MakeSandbox) -> None:
+    sandbox, other = make_sandbox(), make_sandbox()
+    seen: list[str | None] = []
+    sandbox.run_code("print(1)", on_stdout=lambda _: seen.append(other.run_code("40 + 2").text))
+
+    assert seen == ["42"]
+
+
 # input()
 
 
