@@ -24,6 +24,7 @@ from code_sandboxes.errors import (
     SandboxConnectionError,
     SandboxNotStartedError,
 )
+from code_sandboxes.forks import in_forked_child
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.info import SandboxStatus
 from code_sandboxes.kernel import Ended, Kernel, Limits, Ready, Run, StartFailed
@@ -609,10 +610,11 @@ def used_variants() -> list[type[Variant]]:
     return list(_used)
 
 
-def _after_fork_in_child() -> None:
+def _let_go() -> object:
+    kept = list(_live)
     _live.clear()
     _used.clear()
+    return kept
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+in_forked_child(_let_go)

@@ -27,7 +27,7 @@ LAYERS = [
     {"inbox", "transports"},
     {"protocol"},
     {"config", "info"},
-    {"checks", "results"},
+    {"checks", "forks", "results"},
     {"errors"},
 ]
 

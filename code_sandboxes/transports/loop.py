@@ -15,7 +15,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
-import os
 import queue
 import selectors
 import socket
@@ -24,6 +23,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
+
+from code_sandboxes.forks import in_forked_child
 
 __all__ = ["Loop", "Timer", "the_loop"]
 
@@ -200,7 +201,6 @@ class Loop:
 
 _loop: Loop | None = None
 _creating = threading.Lock()
-_left_to_parent: list[object] = []
 
 
 def the_loop() -> Loop:
@@ -214,13 +214,10 @@ def the_loop() -> Loop:
         return _loop
 
 
-def _after_fork_in_child() -> None:
-    # The child must not touch what it inherited: closing or even collecting it could reach into the
-    # parent's epoll set. It is kept, unused, for as long as the child lives.
+def _let_go() -> object:
     global _loop, _creating
-    _left_to_parent.append(_loop)
-    _loop, _creating = None, threading.Lock()
+    kept, _loop, _creating = _loop, None, threading.Lock()
+    return kept
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+in_forked_child(_let_go)

@@ -7,13 +7,13 @@ zmq_setsockopt(3) for the options.
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import zmq
 
+from code_sandboxes.forks import in_forked_child
 from code_sandboxes.protocol.messages import Channel, Message
 from code_sandboxes.protocol.wire import WireCodec, WireError
 from code_sandboxes.transports.loop import Loop
@@ -173,7 +173,6 @@ class _Channel:
 
 
 _the_context: zmq.Context[zmq.Socket[bytes]] | None = None
-_left_to_parent: list[object] = []
 
 
 def _context() -> zmq.Context[zmq.Socket[bytes]]:
@@ -184,12 +183,10 @@ def _context() -> zmq.Context[zmq.Socket[bytes]]:
     return _the_context
 
 
-def _after_fork_in_child() -> None:
-    # libzmq's threads did not come along; touching its sockets here would corrupt the parent's.
+def _let_go() -> object:
     global _the_context
-    _left_to_parent.append(_the_context)
-    _the_context = None
+    kept, _the_context = _the_context, None
+    return kept
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+in_forked_child(_let_go)

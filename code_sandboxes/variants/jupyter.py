@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, cast
 
 from code_sandboxes.checks import check_str
 from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError, SandboxIsolationWarning
+from code_sandboxes.forks import in_forked_child
 from code_sandboxes.guest import journal
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
 from code_sandboxes.protocol.events import Streamed
@@ -605,15 +606,10 @@ def _reaper() -> Reaper:
     return _the_reaper
 
 
-_left_to_parent: list[object] = []
-
-
-def _after_fork_in_child() -> None:
-    # The child owns no kernel; closing or waiting for the parent's reaper is not its business either.
+def _let_go() -> object:
     global _the_reaper
-    _left_to_parent.append(_the_reaper)
-    _the_reaper = None
+    kept, _the_reaper = _the_reaper, None
+    return kept
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+in_forked_child(_let_go)
