@@ -56,6 +56,6 @@ def _arguments(launcher: Literal["tuned", "stock"], connection_file: Path) -> li
     if launcher == "stock":
         return ["-m", "ipykernel_launcher", "-f", str(connection_file)]
     # Private names: what they stand for is decided there, and a copy here would measure yesterday's kernel.
-    from code_sandboxes.variants.jupyter import _IPYKERNEL_ARGUMENTS, _LAUNCH
+    from code_sandboxes.variants.kernelspecs import IPYKERNEL_ARGUMENTS, LAUNCH
 
-    return [_LAUNCH, "-f", str(connection_file), *_IPYKERNEL_ARGUMENTS]
+    return [LAUNCH, "-f", str(connection_file), *IPYKERNEL_ARGUMENTS]

@@ -34,8 +34,8 @@ LAYERS = [
 # Each foreign library is the business of these modules alone.
 FOREIGN = {
     "zmq": {"transports/zmq.py"},
-    "jupyter_client": {"variants/jupyter.py"},
-    "traitlets": {"config.py", "variants/jupyter.py"},
+    "jupyter_client": {"variants/kernelspecs.py"},
+    "traitlets": {"config.py", "variants/kernelspecs.py"},
     "ipykernel": {"guest/launch.py"},
 }
 

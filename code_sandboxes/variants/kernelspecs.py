@@ -1,0 +1,186 @@
+"""Which kernels are installed on this machine, and how one is started: all that needs jupyter_client.
+
+Source: the jupyter_client documentation, sections "Kernel specs" and "Kernel provisioning".
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Coroutine, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError
+
+if TYPE_CHECKING:
+    from jupyter_client.kernelspec import KernelSpec
+
+__all__ = [
+    "InstalledKernel",
+    "check_startable",
+    "command_of",
+    "installed_kernels",
+    "kernel_named",
+    "kernels_speaking",
+    "start_kernel",
+]
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LAUNCH = str(Path(__file__).parent.parent / "guest" / "launch.py")
+IPYKERNEL_ARGUMENTS = ("--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0")
+
+
+@dataclass(frozen=True, slots=True)
+class InstalledKernel:
+    name: str
+    language: str
+    kernel_spec: KernelSpec
+
+
+_specs: dict[str, InstalledKernel] = {}
+
+
+def installed_kernels(*, refresh: bool = False) -> Mapping[str, InstalledKernel]:
+    """The kernels that are installed, by name; looked up once, and again when one is not found."""
+    global _specs
+    if refresh or not _specs:
+        _specs = {spec.name: spec for spec in _find_kernels()}
+    return _specs
+
+
+def _find_kernels() -> Iterator[InstalledKernel]:
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from traitlets import TraitError
+
+    class TolerantSpec(KernelSpec):
+        """One with keys of its own, as bash_kernel's, is not worth a DeprecationWarning to its user."""
+
+        def __init__(self, **content: object) -> None:
+            super().__init__(**{key: value for key, value in content.items() if self.has_trait(key)})
+
+    manager = KernelSpecManager(kernel_spec_class=TolerantSpec)
+    for name in sorted(manager.find_kernel_specs()):
+        try:
+            spec = manager.get_kernel_spec(name)
+        except (OSError, ValueError, TypeError, TraitError) as error:
+            _log.warning("the kernelspec %r cannot be used: %s", name, error)
+            continue
+        if spec.argv:
+            yield InstalledKernel(name, spec.language.lower(), spec)
+
+
+def known_languages() -> list[str]:
+    """The names that ``language=`` takes."""
+    kernels = installed_kernels()
+    return sorted({*kernels, *(kernel.language for kernel in kernels.values())})
+
+
+def kernel_named(name: object) -> str:
+    if name is None:
+        return "python3"
+    if name not in installed_kernels() and name not in installed_kernels(refresh=True):
+        raise SandboxConfigurationError(
+            f"no kernelspec {name!r} on this machine (installed: {', '.join(installed_kernels())})"
+        )
+    return str(name)
+
+
+def kernels_speaking(language: str, specs: Mapping[str, InstalledKernel]) -> list[str]:
+    names = [name for name, spec in specs.items() if spec.language == language.lower()]
+    return sorted(names, key=lambda name: (name != "python3", name))
+
+
+def command_of(spec: InstalledKernel, connection_file: Path) -> list[str]:
+    """The kernelspec's command line (jupyter_client, "Kernel specs"), tuned where it starts ipykernel."""
+    values = {
+        "connection_file": str(connection_file),
+        "resource_dir": spec.kernel_spec.resource_dir,
+        "prefix": sys.prefix,
+    }
+    command = [_filled_in(argument, values) for argument in spec.kernel_spec.argv]
+    if command[0] in ("python", f"python{sys.version_info[0]}"):
+        command[0] = sys.executable
+    for i, module in enumerate(command[:-1]):
+        if module == "-m" and command[i + 1] in ("ipykernel_launcher", "ipykernel"):
+            return [command[0], LAUNCH, *command[i + 2 :], *IPYKERNEL_ARGUMENTS]
+    return command
+
+
+def check_startable(spec: InstalledKernel, program: str, path: str, cwd: str) -> None:
+    """Say it better than the system would."""
+    if shutil.which(program, path=path) is None:
+        raise SandboxConnectionError(
+            f"the kernel {spec.name!r} could not be started: its kernelspec in"
+            f" {spec.kernel_spec.resource_dir} names the program {program!r}, which is not there"
+        )
+    if not os.path.isdir(cwd):
+        raise SandboxConnectionError(
+            f"the kernel {spec.name!r} could not be started: there is no directory {cwd!r}"
+        )
+
+
+def _filled_in(argument: str, values: Mapping[str, str]) -> str:
+    for name, value in values.items():
+        argument = argument.replace("{" + name + "}", value)
+    return argument
+
+
+def start_kernel(
+    spec: InstalledKernel, command: list[str], environment: dict[str, str], cwd: str
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the process; returns it, and where its standard error can be read."""
+    read, write = os.pipe()
+    try:
+        process = _run_to_end(_provision(spec, command, environment, cwd, write))
+    except BaseException:
+        os.close(read)
+        raise
+    finally:
+        os.close(write)
+    return process, read
+
+
+def _run_to_end(coroutine: Coroutine[object, None, T]) -> T:
+    """Run a coroutine that never waits, as those of the local provisioner; no event loop is needed for it."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+    coroutine.close()
+    raise RuntimeError("jupyter_client's local provisioner waited for something")
+
+
+async def _provision(
+    spec: InstalledKernel, command: list[str], environment: dict[str, str], cwd: str, stderr: int
+) -> subprocess.Popen[bytes]:
+    from jupyter_client.provisioning.factory import KernelProvisionerFactory
+    from jupyter_client.provisioning.local_provisioner import LocalProvisioner
+
+    provisioner = KernelProvisionerFactory.instance().create_provisioner_instance(
+        secrets.token_hex(8), spec.kernel_spec, parent=None
+    )
+    if not isinstance(provisioner, LocalProvisioner):
+        raise SandboxConfigurationError(
+            f"local-jupyter cannot run the kernelspec {spec.name!r}:"
+            f" its provisioner {type(provisioner).__name__} does not start a process of this machine"
+        )
+    arguments = await provisioner.pre_launch(env=environment, cwd=cwd)
+    await provisioner.launch_kernel(
+        command,
+        env=arguments["env"],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+    )
+    return cast("subprocess.Popen[bytes]", provisioner.process)
