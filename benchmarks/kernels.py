@@ -55,7 +55,7 @@ def _connection(sockets: Path) -> dict[str, object]:
 def _arguments(launcher: Literal["tuned", "stock"], connection_file: Path) -> list[str]:
     if launcher == "stock":
         return ["-m", "ipykernel_launcher", "-f", str(connection_file)]
-    # Private names: what they stand for is decided there, and a copy here would measure yesterday's kernel.
+    # What they stand for is decided there; a copy here would measure yesterday's kernel.
     from code_sandboxes.variants.kernelspecs import IPYKERNEL_ARGUMENTS, LAUNCH
 
     return [LAUNCH, "-f", str(connection_file), *IPYKERNEL_ARGUMENTS]

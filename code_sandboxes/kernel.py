@@ -13,21 +13,19 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from enum import Enum
-from typing import Literal, Protocol
 
 from code_sandboxes.errors import SandboxConnectionError, SandboxError, SandboxNotStartedError
 from code_sandboxes.inbox import Inbox
+from code_sandboxes.kernel_process import KernelInfo, KernelProcess, Limits, Transport
 from code_sandboxes.protocol.events import (
     ConnectionLost,
     Died,
-    Displayed,
     Done,
     Event,
-    Failed,
     Idle,
     InputAsked,
     InterruptAsked,
@@ -37,7 +35,6 @@ from code_sandboxes.protocol.events import (
     OutputDropped,
     Replied,
     Started,
-    Streamed,
     Terminated,
     TimedOut,
     Welcomed,
@@ -46,19 +43,10 @@ from code_sandboxes.protocol.messages import Message, Session
 from code_sandboxes.protocol.outputs import Displays, Outputs
 from code_sandboxes.protocol.router import Router
 from code_sandboxes.results import Logs
+from code_sandboxes.runs import Run
 from code_sandboxes.transports.loop import Loop, Timer
 
-__all__ = [
-    "Ended",
-    "Kernel",
-    "KernelInfo",
-    "KernelProcess",
-    "Limits",
-    "Ready",
-    "Run",
-    "StartFailed",
-    "Transport",
-]
+__all__ = ["Ended", "Kernel", "Ready", "StartFailed"]
 
 _log = logging.getLogger(__name__)
 
@@ -84,77 +72,6 @@ _BACKGROUND_LIMIT = 1024**2
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """How long and how much.
-
-    Args:
-        grace: seconds an interrupted run may take to stop before its kernel is killed.
-        start: seconds a kernel may take until it answers.
-        max_message: bytes of one message.
-    """
-
-    grace: float = 5.0
-    start: float = 60.0
-    max_message: int = 512 * 1024**2
-
-
-@dataclass(frozen=True, slots=True)
-class KernelInfo:
-    """What the kernel says of itself (messaging documentation, section "Kernel info")."""
-
-    language: str
-    supported_features: tuple[str, ...]
-
-
-class Transport(Protocol):
-    """What moves the messages of one kernel; see ``transports/``."""
-
-    dropped: Counter[str]
-
-    def open(self) -> None: ...
-
-    def send(self, message: Message) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class KernelProcess(Protocol):
-    """What a kernel runs in, as far as the kernel must know. Called in the I/O thread; nothing may block."""
-
-    def transport(
-        self, loop: Loop, identity: str, receive: Callable[[Message], None], max_message: int
-    ) -> Transport:
-        """A new way to it, not opened yet."""
-
-    @property
-    def interrupt_mode(self) -> Literal["signal", "message"]: ...
-
-    def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
-        """Call *ended* once, when the process has ended."""
-
-    def exit_code(self) -> int | None:
-        """As in :mod:`subprocess`; None while it lives, or where nobody knows."""
-
-    def output(self) -> str:
-        """The latest of what it wrote to its standard error."""
-
-    def written(self) -> list[int]:
-        """How many bytes it has printed to standard output and error; zeros where nobody counts."""
-
-    def unpublished(self, published: Sequence[int]) -> list[Streamed]:
-        """What it printed beyond the *published* bytes of standard output and error, as far as is known."""
-
-    def interrupt(self) -> None: ...
-
-    def terminate(self) -> None: ...
-
-    def kill(self) -> None: ...
-
-    def release(self) -> None:
-        """Remove what is left after the end; in a thread of its own, may block."""
-
-
-@dataclass(frozen=True, slots=True)
 class Ready(Event):
     """The kernel answers, and nothing that it publishes is missed."""
 
@@ -177,52 +94,6 @@ class _State(Enum):
     READY = "ready"
     DEAD = "dead"
     CLOSED = "closed"
-
-
-# What a caller need not be woken for: it comes with the next event, and the last one always wakes. Streams
-# do always, so that the caller takes them while they come.
-_QUIET = (Started, Replied)
-_QUIET_WITHOUT_LISTENER = (Started, Replied, Displayed, Failed)
-
-
-class Run:
-    """One execution on its way through a kernel; the I/O thread's side of it.
-
-    Args:
-        kernel: where it runs.
-        content: of the ``execute_request``.
-        timeout: seconds from when the kernel gets it; None waits for ever.
-        inbox: where its events go.
-        listen: whether somebody wants to see its results as they come.
-    """
-
-    def __init__(
-        self,
-        kernel: Kernel,
-        content: Mapping[str, object],
-        timeout: float | None,
-        inbox: Inbox,
-        *,
-        listen: bool = True,
-    ) -> None:
-        self.kernel = kernel
-        self.content = content
-        self.quiet = _QUIET if listen else _QUIET_WITHOUT_LISTENER
-        self.timeout = timeout
-        self.inbox = inbox
-        self.msg_id = ""
-        self.started = False
-        self.stopping = False
-        self.signalled = False
-        self.deadline: Timer | None = None
-        self.time_left: float | None = None
-        self.settling: Timer | None = None
-        self.poke_ids: list[str] = []
-        self.replied = False
-        self.idle_by_itself = False
-        self.lost_state = False
-        self.abandoned = False
-        self.told = False
 
 
 class Kernel:

@@ -27,7 +27,8 @@ from code_sandboxes.errors import (
 from code_sandboxes.forks import in_forked_child
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.info import SandboxStatus
-from code_sandboxes.kernel import Ended, Kernel, Limits, Ready, Run, StartFailed
+from code_sandboxes.kernel import Ended, Kernel, Ready, StartFailed
+from code_sandboxes.kernel_process import Limits
 from code_sandboxes.protocol.calls import Execution, Shown
 from code_sandboxes.protocol.events import Event
 from code_sandboxes.results import (
@@ -40,6 +41,7 @@ from code_sandboxes.results import (
     Printed,
     Result,
 )
+from code_sandboxes.runs import Run
 from code_sandboxes.transports.loop import Loop, Timer, the_loop
 from code_sandboxes.variants.base import Variant
 

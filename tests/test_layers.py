@@ -24,6 +24,7 @@ LAYERS = [
     {"operations"},
     {"variants"},
     {"kernel", "reaper", "guest"},
+    {"kernel_process", "runs"},
     {"inbox", "transports"},
     {"protocol"},
     {"config", "info"},

@@ -15,12 +15,14 @@ import pytest
 import zmq
 
 from code_sandboxes.inbox import Inbox
-from code_sandboxes.kernel import Ended, Kernel, Limits, Ready, Run, StartFailed
+from code_sandboxes.kernel import Ended, Kernel, Ready, StartFailed
+from code_sandboxes.kernel_process import Limits
 from code_sandboxes.protocol.calls import Execution
 from code_sandboxes.protocol.events import Event, Streamed
 from code_sandboxes.protocol.messages import Message, Session
 from code_sandboxes.protocol.wire import WireCodec
 from code_sandboxes.results import ExecutionResult
+from code_sandboxes.runs import Run
 from code_sandboxes.transports.loop import Loop, the_loop
 from code_sandboxes.transports.zmq import ConnectionInfo, ZmqTransport
 

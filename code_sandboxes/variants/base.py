@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from code_sandboxes.errors import SandboxConfigurationError
 from code_sandboxes.info import Capabilities, SandboxVariant
-from code_sandboxes.kernel import KernelProcess
+from code_sandboxes.kernel_process import KernelProcess
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig

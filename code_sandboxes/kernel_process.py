@@ -1,0 +1,85 @@
+"""What a kernel needs of whoever starts and reaches it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from code_sandboxes.protocol.events import Streamed
+from code_sandboxes.protocol.messages import Message
+from code_sandboxes.transports.loop import Loop
+
+__all__ = ["KernelInfo", "KernelProcess", "Limits", "Transport"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long and how much.
+
+    Args:
+        grace: seconds an interrupted run may take to stop before its kernel is killed.
+        start: seconds a kernel may take until it answers.
+        max_message: bytes of one message.
+    """
+
+    grace: float = 5.0
+    start: float = 60.0
+    max_message: int = 512 * 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class KernelInfo:
+    """What the kernel says of itself (messaging documentation, section "Kernel info")."""
+
+    language: str
+    supported_features: tuple[str, ...]
+
+
+class Transport(Protocol):
+    """What moves the messages of one kernel; see ``transports/``."""
+
+    dropped: Counter[str]
+
+    def open(self) -> None: ...
+
+    def send(self, message: Message) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class KernelProcess(Protocol):
+    """What a kernel runs in, as far as the kernel must know. Called in the I/O thread; nothing may block."""
+
+    def transport(
+        self, loop: Loop, identity: str, receive: Callable[[Message], None], max_message: int
+    ) -> Transport:
+        """A new way to it, not opened yet."""
+
+    @property
+    def interrupt_mode(self) -> Literal["signal", "message"]: ...
+
+    def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
+        """Call *ended* once, when the process has ended."""
+
+    def exit_code(self) -> int | None:
+        """As in :mod:`subprocess`; None while it lives, or where nobody knows."""
+
+    def output(self) -> str:
+        """The latest of what it wrote to its standard error."""
+
+    def written(self) -> list[int]:
+        """How many bytes it has printed to standard output and error; zeros where nobody counts."""
+
+    def unpublished(self, published: Sequence[int]) -> list[Streamed]:
+        """What it printed beyond the *published* bytes of standard output and error, as far as is known."""
+
+    def interrupt(self) -> None: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def release(self) -> None:
+        """Remove what is left after the end; in a thread of its own, may block."""
