@@ -135,6 +135,7 @@ def test_bash_runs_prints_fails_and_keeps_its_state(sandbox: Sandbox) -> None:
     assert sandbox.run_code("echo [$x]", context="b").stdout == "[]"
 
 
+@pytest.mark.slow
 def test_bash_is_interrupted_when_it_times_out(sandbox: Sandbox) -> None:
     result = sandbox.run_code("x=5; echo on; sleep 60", language="bash", timeout=1)
 
@@ -142,6 +143,7 @@ def test_bash_is_interrupted_when_it_times_out(sandbox: Sandbox) -> None:
     assert sandbox.run_code("echo $x", language="bash").stdout == "5"
 
 
+@pytest.mark.slow
 def test_bash_is_started_afresh_when_it_died(sandbox: Sandbox) -> None:
     sandbox.run_code("x=5", language="bash")
     result = sandbox.run_code("kill -9 $PPID; sleep 5", language="bash")

@@ -151,6 +151,7 @@ def test_variables_that_were_lost_in_a_run_whose_result_nobody_saw_are_told_by_t
     assert sandbox.run_code("1").state_preserved is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
