@@ -202,6 +202,7 @@ class Core:
         self.created_at: float | None = None
         self.end_at: float | None = None
         self._why_ended = ""
+        self._must_end = False
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a signal handler may come while this thread has it
         self._contexts: dict[str, _Held] = {}
@@ -255,12 +256,14 @@ class Core:
         self._check_process()
         over = Inbox()
         with self._lock:
-            was_running = self.status is SandboxStatus.RUNNING
+            was_running = self.status is SandboxStatus.RUNNING or self._must_end
+            self._must_end = was_running  # should Ctrl-C come before the end is under way
+            self.status, self._why_ended = SandboxStatus.STOPPED, self._why_ended or why
             if was_running:
                 # It goes on in the I/O thread, whatever becomes of the one who waits for it here.
                 ending = self._end(f"the sandbox ended: {why}", orderly=orderly)
                 _drive_in_loop(the_loop(), ending, lambda error: over.put(_Removed(error)))
-            self.status, self._why_ended = SandboxStatus.STOPPED, self._why_ended or why
+                self._must_end = False
         if not was_running:
             return False
         yield from self._until_removed(over)
