@@ -165,14 +165,9 @@ SILENT = Handlers()
 
 
 @dataclass(frozen=True, slots=True)
-class _Removed(Event):
-    """The folders of a sandbox are gone, or could not be removed."""
+class _Returned(Event):
+    """What was done in another thread is over; *error* is what it raised."""
 
-    error: Exception | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared(Event):
     error: Exception | None
 
 
@@ -230,11 +225,9 @@ class Core:
         self._limit_lifetime()
 
     def _prepare(self) -> Operation[None]:
-        inbox = Inbox()
-        the_loop().run_blocking(self.variant.prepare, lambda _, error: inbox.put(_Prepared(error)))
-        event = yield from _next_event(inbox)
-        if isinstance(event, _Prepared) and event.error is not None:
-            raise event.error
+        prepared = Inbox()
+        the_loop().run_blocking(self.variant.prepare, lambda _, error: prepared.put(_Returned(error)))
+        yield from _until_returned(prepared)
 
     def _limit_lifetime(self) -> None:
         seconds = self.config.max_lifetime
@@ -262,11 +255,11 @@ class Core:
             if was_running:
                 # It goes on in the I/O thread, whatever becomes of the one who waits for it here.
                 ending = self._end(f"the sandbox ended: {why}", orderly=orderly)
-                _drive_in_loop(the_loop(), ending, lambda error: over.put(_Removed(error)))
+                _drive_in_loop(the_loop(), ending, lambda error: over.put(_Returned(error)))
                 self._must_end = False
         if not was_running:
             return False
-        yield from self._until_removed(over)
+        yield from _until_returned(over)
         return True
 
     def _end(self, sentence: str, *, orderly: bool) -> Operation[None]:
@@ -279,17 +272,15 @@ class Core:
     def _remove(self) -> Operation[None]:
         removed = Inbox()
         the_loop().run_blocking(
-            self.variant.remove, lambda _, error: removed.put(_Removed(error)), apart=True
+            self.variant.remove, lambda _, error: removed.put(_Returned(error)), apart=True
         )
-        yield from self._until_removed(removed)
+        try:
+            yield from _until_returned(removed)
+        except OSError as error:
+            raise SandboxConnectionError(
+                f"{self.id} has ended, but not all could be removed: {error}"
+            ) from error
         _live.discard(self)
-
-    def _until_removed(self, inbox: Inbox) -> Operation[None]:
-        event = yield from _next_event(inbox)
-        if isinstance(event, _Removed) and event.error is not None:
-            if isinstance(event.error, SandboxConnectionError):
-                raise event.error
-            raise SandboxConnectionError(f"{self.id} has ended, but not all could be removed: {event.error}")
 
     def check_running(self) -> None:
         """
@@ -358,7 +349,7 @@ class Core:
         inbox = Inbox(self.variant.max_output)
         run = Run(held.kernel, execution.content, seconds or None, inbox, listen=listen)
         held.kernel.execute(run)
-        return (yield from _follow(held, run, execution, inbox, listen=listen))
+        return (yield from _follow(run, execution, listen=listen))
 
     def interrupt(self, context: Context | str | None = None) -> bool:
         """Interrupt what runs, in one context or in all; False if nothing did."""
@@ -474,17 +465,15 @@ class Core:
         yield from _until_ready(inbox)
 
 
-def _follow(
-    held: _Held, run: Run, execution: Execution, inbox: Inbox, *, listen: bool
-) -> Operation[ExecutionResult]:
+def _follow(run: Run, execution: Execution, *, listen: bool) -> Operation[ExecutionResult]:
     """Take the events of *run* until it is done; whatever is raised meanwhile is raised at the end."""
     failure: BaseException | None = None
     try:
         while not execution.done:
             try:
-                shown = yield from _next_shown(execution, inbox)
+                shown = yield from _next_shown(execution, run.inbox)
                 if failure is None:
-                    yield from _tell(held, run, execution, shown, listen=listen)
+                    yield from _tell(run, execution, shown, listen=listen)
             except GeneratorExit:  # nobody drives this any more
                 raise
             except BaseException as error:
@@ -492,18 +481,18 @@ def _follow(
                     raise
                 failure = error
                 if not isinstance(error, _CallbackError):
-                    held.kernel.cancel(run)
+                    run.kernel.cancel(run)
             if failure is not None and execution.input_asked is not None:
-                held.kernel.cancel(run)  # nobody will answer any more
+                run.kernel.cancel(run)  # nobody will answer any more
     except BaseException:
-        held.kernel.cancel(run)
-        held.kernel.abandon(run)
+        run.kernel.cancel(run)
+        run.kernel.abandon(run)
         raise
     finally:
         run.told = True
     if failure is None or isinstance(failure, LeftEarly):
         return execution.result()
-    held.kernel.abandon(run)
+    run.kernel.abandon(run)
     raise failure.error if isinstance(failure, _CallbackError) else failure
 
 
@@ -522,12 +511,10 @@ def _next_shown(execution: Execution, inbox: Inbox) -> Operation[list[Shown]]:
     return execution.tick(time.monotonic())
 
 
-def _tell(
-    held: _Held, run: Run, execution: Execution, shown: list[Shown], *, listen: bool
-) -> Operation[None]:
+def _tell(run: Run, execution: Execution, shown: list[Shown], *, listen: bool) -> Operation[None]:
     for item in shown:
         if isinstance(item, InputRequest):
-            yield from _ask(held, run, execution, item)
+            yield from _ask(run, execution, item)
         elif listen:
             # A piece of text may be many lines: they are made one by one, as they are told.
             for output in item if isinstance(item, Printed) else (item,):
@@ -537,13 +524,13 @@ def _tell(
                     raise _CallbackError(error) from None
 
 
-def _ask(held: _Held, run: Run, execution: Execution, request: InputRequest) -> Operation[None]:
+def _ask(run: Run, execution: Execution, request: InputRequest) -> Operation[None]:
     answer = yield Ask(request, run)
     if not isinstance(answer, str):
         raise TypeError(f"on_input must return a str, not {type(answer).__name__}")
     asked, execution.input_asked = execution.input_asked, None
     if asked is not None:
-        held.kernel.answer(run, asked, answer)
+        run.kernel.answer(run, asked, answer)
 
 
 def _next_event(inbox: Inbox) -> Operation[Event]:
@@ -552,6 +539,13 @@ def _next_event(inbox: Inbox) -> Operation[Event]:
         if event is not None:
             return event
         yield Wait(inbox)
+
+
+def _until_returned(inbox: Inbox) -> Operation[None]:
+    event = yield from _next_event(inbox)
+    assert isinstance(event, _Returned)
+    if event.error is not None:
+        raise event.error
 
 
 def _until_ready(inbox: Inbox) -> Operation[None]:

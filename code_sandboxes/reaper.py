@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-__all__ = ["Reaper"]
+__all__ = ["Reaper", "remove_tree"]
 
 # How long to try to remove a folder in which something is still being written.
 _PERSISTENCE = 3.0
@@ -136,11 +136,35 @@ def _end(groups: list[int], folders: list[str]) -> None:
     for group in groups:
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
+    for folder in folders:
+        with contextlib.suppress(OSError):  # the next one must go all the same
+            remove_tree(folder)
+
+
+def remove_tree(folder: str) -> None:
+    """Remove *folder*, also while something still writes in it, for a while.
+
+    Raises:
+        OSError: that did not help.
+    """
     give_up = time.monotonic() + _PERSISTENCE
-    while any(map(os.path.exists, folders)) and time.monotonic() < give_up:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.02)
+    while os.path.exists(folder):
+        if sys.version_info >= (3, 12):
+            shutil.rmtree(folder, onexc=_make_removable)
+        else:
+            shutil.rmtree(folder, onerror=_make_removable)
+        if os.path.exists(folder):
+            if time.monotonic() > give_up:
+                raise OSError(f"something still writes in {folder}")
+            time.sleep(0.02)
+
+
+def _make_removable(function: object, path: str, error: object) -> None:
+    """Code may have closed a folder of its own; whose folder it is may open it, for the next try."""
+    for folder in (os.path.dirname(path), path):
+        if os.path.isdir(folder) and not os.path.islink(folder):
+            with contextlib.suppress(OSError):
+                os.chmod(folder, 0o700)
 
 
 if __name__ == "__main__":

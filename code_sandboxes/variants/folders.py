@@ -1,25 +1,18 @@
-"""The folders of sandboxes on this machine: where they are, and that nothing of them stays."""
+"""The folder that all sandboxes of a user on this machine are in."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import stat
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 from code_sandboxes.errors import SandboxConfigurationError
 
-__all__ = ["check_length", "remove_tree", "runtime_root", "unusable"]
+__all__ = ["check_length", "runtime_root", "unusable"]
 
 # sun_path of unix(7) holds 107 bytes and a zero; macOS has 103.
 _LONGEST_SOCKET_PATH = 103
-
-# Seconds for which to try to remove a folder in which something is still being written.
-_PERSISTENCE = 3.0
 
 _ADVICE = "set CODE_SANDBOXES_RUNTIME_DIR to a folder of yours"
 
@@ -47,22 +40,6 @@ def unusable(folder: Path, error: OSError) -> SandboxConfigurationError:
     return SandboxConfigurationError(f"cannot make the runtime folder {folder}: {error.strerror}; {_ADVICE}")
 
 
-def remove_tree(folder: Path) -> None:
-    """Remove *folder*, also while something still writes in it, for a while.
-
-    Raises:
-        OSError: that did not help.
-    """
-    give_up = time.monotonic() + _PERSISTENCE
-    while folder.exists():
-        if sys.version_info >= (3, 12):
-            shutil.rmtree(folder, onexc=_make_removable)
-        else:
-            shutil.rmtree(folder, onerror=_make_removable)
-        if folder.exists() and time.monotonic() > give_up:
-            raise OSError(f"something still writes in {folder}")
-
-
 def check_length(folder: Path) -> None:
     longest = len(os.fsencode(folder / "0000" / "s-5"))
     if longest > _LONGEST_SOCKET_PATH:
@@ -70,11 +47,3 @@ def check_length(folder: Path) -> None:
             f"the path of the runtime folder {folder.parent} is {longest - _LONGEST_SOCKET_PATH} bytes too"
             " long for sockets; set CODE_SANDBOXES_RUNTIME_DIR to a shorter one"
         )
-
-
-def _make_removable(function: object, path: str, error: object) -> None:
-    """Code may have closed a folder of its own; whose folder it is may open it, for the next try."""
-    for folder in (os.path.dirname(path), path):
-        if os.path.isdir(folder) and not os.path.islink(folder):
-            with contextlib.suppress(OSError):
-                os.chmod(folder, 0o700)

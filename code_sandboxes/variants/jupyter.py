@@ -23,9 +23,10 @@ from code_sandboxes.checks import check_str
 from code_sandboxes.errors import SandboxConfigurationError, SandboxIsolationWarning
 from code_sandboxes.guest import journal
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
+from code_sandboxes.reaper import remove_tree
 from code_sandboxes.transports.zmq import ConnectionInfo
 from code_sandboxes.variants.base import Variant
-from code_sandboxes.variants.folders import check_length, remove_tree, runtime_root, unusable
+from code_sandboxes.variants.folders import check_length, runtime_root, unusable
 from code_sandboxes.variants.kernelspecs import (
     InstalledKernel,
     check_startable,
@@ -109,9 +110,7 @@ class LocalJupyter(Variant):
         yes, not_isolated = Capability(True), Capability(False, _NEEDS_ISOLATION)
         not_yet = Capability(False, "it cannot do that yet")
         return Capabilities(
-            languages=tuple(
-                sorted({*installed_kernels(), *(spec.language for spec in installed_kernels().values())})
-            ),
+            languages=tuple(known_languages()),
             contexts=yes,
             interrupt_blocked=yes,
             subshells=not_yet,
@@ -204,7 +203,7 @@ class LocalJupyter(Variant):
     def remove(self) -> None:
         folder, self._folder = self._folder, Path()
         if folder != Path():
-            remove_tree(folder)
+            remove_tree(str(folder))
             the_reaper().release_folder(str(folder))
 
     @classmethod

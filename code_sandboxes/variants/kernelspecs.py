@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from jupyter_client.kernelspec import KernelSpec
 
 __all__ = [
+    "IPYKERNEL_ARGUMENTS",
+    "LAUNCH",
     "InstalledKernel",
     "check_startable",
     "command_of",
     "installed_kernels",
     "kernel_named",
     "kernels_speaking",
+    "known_languages",
     "start_kernel",
 ]
 
