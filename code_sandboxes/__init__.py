@@ -33,14 +33,20 @@ from code_sandboxes.results import (
     OutputMessage,
     Result,
 )
-from code_sandboxes.sandbox import CodeStream, LocalJupyterSandbox, Sandbox
+from code_sandboxes.sandbox import CodeStream, LocalEvalSandbox, LocalJupyterSandbox, Sandbox
 
 if TYPE_CHECKING:
-    from code_sandboxes.async_sandbox import AsyncCodeStream, AsyncLocalJupyterSandbox, AsyncSandbox
+    from code_sandboxes.async_sandbox import (
+        AsyncCodeStream,
+        AsyncLocalEvalSandbox,
+        AsyncLocalJupyterSandbox,
+        AsyncSandbox,
+    )
     from code_sandboxes.config import SandboxConfig
 
 __all__ = [
     "AsyncCodeStream",
+    "AsyncLocalEvalSandbox",
     "AsyncLocalJupyterSandbox",
     "AsyncSandbox",
     "Capabilities",
@@ -53,6 +59,7 @@ __all__ = [
     "ExecutionResult",
     "ExecutionStatus",
     "InputRequest",
+    "LocalEvalSandbox",
     "LocalJupyterSandbox",
     "Logs",
     "MIMEType",
@@ -80,7 +87,7 @@ def __getattr__(name: str) -> object:
         from code_sandboxes.config import SandboxConfig
 
         return SandboxConfig
-    if name in ("AsyncCodeStream", "AsyncLocalJupyterSandbox", "AsyncSandbox"):  # brings asyncio along
+    if name.startswith("Async") and name in __all__:  # brings asyncio along
         from code_sandboxes import async_sandbox
 
         return getattr(async_sandbox, name)

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import code_sandboxes.config
+import code_sandboxes.variants.eval  # noqa: F401  (see above)
 import code_sandboxes.variants.jupyter  # noqa: F401  (see above)
 from code_sandboxes.front import Front, known_variant
 from code_sandboxes.inbox import Inbox
@@ -47,7 +48,7 @@ from code_sandboxes.sandbox import CodeStream, Sandbox
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
-__all__ = ["AsyncCodeStream", "AsyncLocalJupyterSandbox", "AsyncSandbox"]
+__all__ = ["AsyncCodeStream", "AsyncLocalEvalSandbox", "AsyncLocalJupyterSandbox", "AsyncSandbox"]
 
 T = TypeVar("T")
 AsyncSandboxT = TypeVar("AsyncSandboxT", bound="AsyncSandbox")
@@ -217,13 +218,19 @@ class AsyncSandbox(Front):
         await _drive(self._core.delete_context(context))
 
 
+class AsyncLocalEvalSandbox(AsyncSandbox):
+    """Code in threads of this process, with nothing around it."""
+
+    _variant = SandboxVariant.LOCAL_EVAL
+
+
 class AsyncLocalJupyterSandbox(AsyncSandbox):
     """Kernels as processes on this machine."""
 
     _variant = SandboxVariant.LOCAL_JUPYTER
 
 
-_CLASSES = {each._variant: each for each in (AsyncLocalJupyterSandbox,)}
+_CLASSES = {each._variant: each for each in (AsyncLocalEvalSandbox, AsyncLocalJupyterSandbox)}
 
 
 class _Starting:

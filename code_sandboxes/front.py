@@ -163,6 +163,10 @@ def known_variant(variant: SandboxVariant | str | None) -> SandboxVariant:
 
 def _variant_class(variant: SandboxVariant) -> type[Variant]:
     # Imported on use: each brings the libraries of its own world along.
+    if variant is SandboxVariant.LOCAL_EVAL:
+        from code_sandboxes.variants.eval import LocalEval
+
+        return LocalEval
     from code_sandboxes.variants.jupyter import LocalJupyter
 
-    return {SandboxVariant.LOCAL_JUPYTER: LocalJupyter}[variant]
+    return LocalJupyter

@@ -17,6 +17,7 @@ __all__ = ["Capabilities", "Capability", "ResourceConfig", "SandboxInfo", "Sandb
 class SandboxVariant(Text):
     """Where code can run."""
 
+    LOCAL_EVAL = "local-eval"
     LOCAL_JUPYTER = "local-jupyter"
 
 
@@ -87,12 +88,19 @@ class Capabilities:
     Args:
         languages: the names that ``language=`` takes.
         contexts: several, with variables of their own.
+        own_process: code has one. It cannot harm the program, can always be ended, and what its child
+            processes print is its output.
+        environment: environment variables and a working directory can be chosen.
+        magics: IPython's ``%magics``, ``!commands`` and ``name?``.
         interrupt_blocked: code that does not react to an interrupt can be stopped, at the cost of its state.
         subshells: files and commands work while code runs.
     """
 
     languages: tuple[str, ...]
     contexts: Capability
+    own_process: Capability
+    environment: Capability
+    magics: Capability
     interrupt_blocked: Capability
     subshells: Capability
     network_none: Capability

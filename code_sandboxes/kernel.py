@@ -572,7 +572,7 @@ class Kernel:
             sentence = f"the kernel {_how_it_died(code)} {when}"
             self._current.lost_state = True
             self._death_unreported = self._current.abandoned
-            self._finish(self._current, Died(sentence, code, process.output()))
+            self._finish(self._current, Died(sentence, code, process.output(), process.how_killed))
         if self._waiting_for_start:
             self._launch()
         else:

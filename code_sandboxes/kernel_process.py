@@ -60,6 +60,10 @@ class KernelProcess(Protocol):
     @property
     def interrupt_mode(self) -> Literal["signal", "message"]: ...
 
+    @property
+    def how_killed(self) -> str:
+        """What :meth:`kill` does to code that does not stop: the rest of a sentence."""
+
     def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
         """Call *ended* once, when the process has ended."""
 

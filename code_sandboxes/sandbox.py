@@ -41,7 +41,7 @@ from code_sandboxes.results import (
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
-__all__ = ["CodeStream", "LocalJupyterSandbox", "Sandbox"]
+__all__ = ["CodeStream", "LocalEvalSandbox", "LocalJupyterSandbox", "Sandbox"]
 
 _log = logging.getLogger(__name__)
 
@@ -265,6 +265,12 @@ class Sandbox(Front):
         _drive(self._core.delete_context(context))
 
 
+class LocalEvalSandbox(Sandbox):
+    """Code in threads of this process, with nothing around it."""
+
+    _variant = SandboxVariant.LOCAL_EVAL
+
+
 class LocalJupyterSandbox(Sandbox):
     """Kernels as processes on this machine."""
 
@@ -353,7 +359,7 @@ def _perform(step: Step, handlers: Handlers) -> object:
         return handlers.call(step.request if isinstance(step, Ask) else step.output)
 
 
-_CLASSES = {each._variant: each for each in (LocalJupyterSandbox,)}
+_CLASSES = {each._variant: each for each in (LocalEvalSandbox, LocalJupyterSandbox)}
 
 
 def _end_all() -> None:

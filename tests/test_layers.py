@@ -23,9 +23,9 @@ LAYERS = [
     {"front"},
     {"operations"},
     {"variants"},
-    {"kernel", "reaper", "guest"},
+    {"kernel", "reaper", "inprocess"},
     {"kernel_process", "runs"},
-    {"inbox", "transports"},
+    {"inbox", "transports", "guest"},
     {"protocol"},
     {"config", "info"},
     {"checks", "forks", "results"},
@@ -38,6 +38,7 @@ FOREIGN = {
     "jupyter_client": {"variants/kernelspecs.py"},
     "traitlets": {"config.py", "variants/kernelspecs.py"},
     "ipykernel": {"guest/launch.py"},
+    "IPython": {"guest/launch.py", "inprocess/actor.py", "inprocess/display.py"},
 }
 
 SANS_IO = {"socket", "selectors", "select", "threading", "asyncio", "time", "datetime", "os", "subprocess"}

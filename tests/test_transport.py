@@ -34,6 +34,7 @@ class ScriptedKernel(threading.Thread):
     """A kernel of real sockets that says what the test wants; it is its own process, as far as we know."""
 
     interrupt_mode: Literal["message"] = "message"
+    how_killed = "it was killed"
 
     def __init__(self, connection: ConnectionInfo, *, welcome: bool) -> None:
         super().__init__(daemon=True)

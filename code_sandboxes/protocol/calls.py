@@ -269,10 +269,7 @@ class Execution:
 
     def _how_it_was_stopped(self) -> str:
         if isinstance(self._end, Died):
-            return (
-                "the code did not stop when it was interrupted, so its kernel was killed;"
-                " its variables are gone"
-            )
+            return f"the code did not stop when it was interrupted, so {self._end.how_killed}"
         return "the code was interrupted"
 
     def _exit_code(self) -> int | None:

@@ -204,12 +204,14 @@ class Died(Event):
     """The process of the kernel has ended.
 
     *exit_code* is as in :mod:`subprocess`, None if nobody knows; *output* is what it said on the standard
-    error of the process itself (a fatal error of the interpreter, say).
+    error of the process itself (a fatal error of the interpreter, say); *how_killed* is what became of code
+    that did not stop, should that be why.
     """
 
     sentence: str
     exit_code: int | None = None
     output: str = ""
+    how_killed: str = "its kernel was killed; its variables are gone"
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ class Variant(ABC):
     def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         unknown = sorted(set(options) - self.options)
         if unknown:
-            known = ", ".join(sorted(self.options))
+            known = ", ".join(sorted(self.options)) or "none"
             raise TypeError(f"{self.name} has no option {unknown[0]!r} (known: {known})")
         self.config = config
 

@@ -112,6 +112,9 @@ class LocalJupyter(Variant):
         return Capabilities(
             languages=tuple(known_languages()),
             contexts=yes,
+            own_process=yes,
+            environment=yes,
+            magics=yes,
             interrupt_blocked=yes,
             subshells=not_yet,
             network_none=not_isolated,

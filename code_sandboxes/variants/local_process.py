@@ -28,6 +28,8 @@ _KEPT_STDERR = 16 * 1024
 class LocalProcess:
     """A kernel process that this program started, and its process group."""
 
+    how_killed = "its kernel was killed; its variables are gone"
+
     def __init__(
         self,
         process: subprocess.Popen[bytes],

@@ -1,0 +1,70 @@
+"""Turn objects into MIME bundles, as IPython does, for code that runs without an IPython.
+
+Source: IPython documentation, section "Integrating your objects with IPython" (``_repr_html_()`` and its kin);
+messaging documentation, sections "display_data" and "execute_result".
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from code_sandboxes.inprocess.gate import uninterrupted
+
+if TYPE_CHECKING:
+    from IPython.core.formatters import DisplayFormatter
+
+__all__ = ["Bundle", "as_sent", "bundle_of"]
+
+Bundle = Mapping[str, object]
+
+# What IPython shows as repr() does; it takes 0.2 s to import.
+_PLAIN = (bool, int, float, complex, str, bytes)
+
+
+def bundle_of(value: object, include: Any = None, exclude: Any = None) -> tuple[Bundle, Bundle]:
+    """The data and metadata that show *value*; both are empty if it has shown itself."""
+    if type(value) in _PLAIN and include is None and exclude is None:
+        try:
+            return {"text/plain": repr(value)}, {}
+        except ValueError:  # an int of too many digits (sys.set_int_max_str_digits): IPython says so
+            pass
+    with uninterrupted():
+        formatter = _formatter()
+    data, metadata = formatter.format(value, include=include, exclude=exclude)
+    return data, metadata
+
+
+@cache
+def _formatter() -> DisplayFormatter:
+    from IPython.core.formatters import DisplayFormatter
+
+    formatter = DisplayFormatter()
+    formatter.formatters["image/png"].for_type_by_name("matplotlib.figure", "Figure", _png_of_figure)
+    return formatter
+
+
+def _png_of_figure(figure: Any) -> object:
+    from IPython.core.pylabtools import print_figure
+
+    return print_figure(figure, "png")
+
+
+def as_sent(bundle: Bundle) -> dict[str, object]:
+    """*bundle* as it would come over a wire: nothing in it can change any more, or run code where it is read.
+
+    Raises:
+        TypeError: something in it is no JSON.
+    """
+    return {str.__str__(key): _sent(value) for key, value in bundle.items()}
+
+
+def _sent(value: object) -> object:
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    return json.loads(json.dumps(value))

@@ -1,0 +1,382 @@
+"""A kernel in this process: requests in, messages out, and a thread that runs code with ``exec()``.
+
+It isolates nothing. Code that does not stop when it is interrupted cannot be ended: it is abandoned, its
+thread goes on, and what it says from then on is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import queue
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from inspect import CO_COROUTINE
+from types import CodeType
+from typing import TYPE_CHECKING, Any, Literal
+
+from code_sandboxes.inprocess.actor import Actor
+from code_sandboxes.inprocess.cells import compile_cell, failure_content, forget_source, remember_source
+from code_sandboxes.inprocess.display import as_sent, bundle_of
+from code_sandboxes.inprocess.gate import Abandoned, Gate, Interrupted, uninterrupted
+from code_sandboxes.inprocess.output import Output
+from code_sandboxes.inprocess.stage import Performance, acting
+from code_sandboxes.protocol.events import Streamed
+from code_sandboxes.protocol.messages import Message, Session
+from code_sandboxes.transports.inprocess import InProcessTransport
+from code_sandboxes.transports.loop import Loop
+
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["InProcessKernel", "StdinNotImplementedError"]
+
+_REMEMBERED = 1000  # cells whose source tracebacks can show
+
+# How long an event loop may take to cancel the code that waits in it, before that is taken for busy.
+_CANCELLATION = 0.1
+
+_FAREWELL = 5.0
+
+
+class StdinNotImplementedError(NotImplementedError):
+    """Nobody answers; Jupyter's name for it."""
+
+
+class _Run:
+    """One request on its way through the thread."""
+
+    def __init__(self, request: Message, execution_count: int) -> None:
+        self.request = request
+        self.execution_count = execution_count
+        self.gate = Gate()
+        self.performance: Performance | None = None
+        self.waiting: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+        self.cancelled = False
+
+    @property
+    def header(self) -> Mapping[str, object]:
+        return self.request.header
+
+    def is_set(self, key: str, default: bool) -> bool:
+        """A switch of the request."""
+        return self.request.content.get(key, default) is True
+
+    def cancel(self) -> None:
+        """In the event loop that the code waits in: end its waiting."""
+        if self.waiting is not None:
+            self.cancelled = True
+            self.waiting[1].cancel()
+
+    def end_performance(self) -> None:
+        if self.performance is not None:
+            self.performance.end()
+
+
+class InProcessKernel:
+    """A namespace, a thread that runs code in it, and the messages of a kernel around it.
+
+    A :class:`code_sandboxes.kernel_process.KernelProcess`, too: it is a process as far as anybody can tell.
+    """
+
+    interrupt_mode: Literal["signal"] = "signal"
+    how_killed = (
+        "it was abandoned: its thread goes on in this process, its output is dropped, and its variables are gone"
+    )
+
+    def __init__(self) -> None:
+        self._id = os.urandom(2).hex()
+        self._pid = os.getpid()
+        self._said = Output(Session(os.urandom(16).hex(), lambda: datetime.now(timezone.utc).isoformat()))
+        self._actor = Actor(self)
+        self._namespace = self._actor.namespace()
+        self._builtins: Any = self._namespace["__builtins__"]
+        self._execution_count = 0
+        self._sources: deque[str] = deque()
+        self._lock = threading.Lock()
+        self._run: _Run | None = None
+        self._requests: deque[Message] = deque()
+        self._runs: queue.SimpleQueue[_Run | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._abandoned = False
+        self._loop: Loop | None = None
+        self._ended: Callable[[], None] | None = None
+        self._thread = threading.Thread(target=self._work, name="code_sandboxes-eval", daemon=True)
+        self._thread.start()
+
+    # What whoever has started it may do; in the I/O thread.
+
+    def transport(
+        self, loop: Loop, identity: str, receive: Callable[[Message], None], max_message: int
+    ) -> InProcessTransport:
+        return InProcessTransport(loop, self, receive)
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        self._said.listen(wake)
+        self._said.say("iopub", "iopub_welcome", {"subscription": ""}, {})
+
+    def take(self) -> list[Message]:
+        return self._said.take()
+
+    def accept(self, message: Message) -> None:
+        if message.channel == "stdin":
+            value = message.content.get("value")
+            self._answers.put(value if isinstance(value, str) else "")
+            return
+        with self._lock:
+            if self._run is not None:
+                self._requests.append(message)
+                return
+            run = self._begin(message)
+        self._runs.put(run)
+
+    def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
+        self._loop, self._ended = loop, ended
+
+    def exit_code(self) -> int | None:
+        return None
+
+    def output(self) -> str:
+        return ""
+
+    def written(self) -> list[int]:
+        return [0, 0]
+
+    def unpublished(self, published: Sequence[int]) -> list[Streamed]:
+        return []
+
+    def interrupt(self) -> None:
+        with self._lock:
+            run = self._run
+        if run is None:
+            return
+        if run.waiting is None:
+            run.gate.interrupt()
+            return
+        with contextlib.suppress(RuntimeError):  # the code has closed its event loop
+            run.waiting[0].call_soon_threadsafe(run.cancel)
+        assert self._loop is not None
+        self._loop.call_later(_CANCELLATION, lambda: None if run.cancelled else run.gate.interrupt())
+
+    def terminate(self) -> None:
+        with self._lock:
+            run = self._run
+        if run is not None:
+            run.gate.interrupt(Abandoned)
+        self._runs.put(None)
+
+    def kill(self) -> None:
+        self._abandoned = True
+        self._said.close()
+        with self._lock:
+            run = self._run
+        if run is not None:
+            run.gate.interrupt(Abandoned)
+            run.end_performance()
+        self._runs.put(None)
+        self._end()
+
+    def release(self) -> None:
+        if not self._abandoned:
+            self._thread.join(_FAREWELL)
+        for filename in self._sources:
+            forget_source(filename)
+
+    def _end(self) -> None:
+        with self._lock:
+            ended, self._ended = self._ended, None
+        if ended is not None and self._loop is not None:
+            self._loop.call_soon(ended)
+
+    # What the code does, in whatever thread it is.
+
+    def hear(self, stream: str, text: str) -> None:
+        run = self._run
+        self._said.write(stream, text, run.header if run is not None else {})
+
+    def see(self, msg_type: str, content: Mapping[str, object]) -> None:
+        run = self._run
+        self._said.say("iopub", msg_type, content, run.header if run is not None else {})
+
+    def answer(self, prompt: str, *, password: bool) -> str:
+        run = self._run
+        if run is None or not run.is_set("allow_stdin", True) or threading.current_thread() is not self._thread:
+            raise StdinNotImplementedError("the code asked for input, and nobody answers (on_input= does)")
+        run.gate.nudge = lambda: self._answers.put(None)
+        content = {"prompt": prompt, "password": password}
+        self._said.say("stdin", "input_request", content, run.header)
+        answer = self._answers.get()
+        run.gate.nudge = lambda: None
+        return "" if answer is None else answer  # None: it is interrupted as soon as the gate opens
+
+    # The thread.
+
+    def _work(self) -> None:
+        acting.set(self._actor)
+        while (run := self._runs.get()) is not None:
+            self._serve(run)
+            if self._abandoned:
+                return
+        self._close_event_loop()
+        self._end()
+
+    def _begin(self, request: Message) -> _Run:
+        """It is its turn now."""
+        executes = request.msg_type == "execute_request"
+        run = _Run(request, self._execution_count + 1)
+        self._said.say("iopub", "status", {"execution_state": "busy"}, request.header, wake=not executes)
+        if executes and not run.is_set("silent", False):
+            self._execution_count += run.is_set("store_history", True)
+            content = {"code": request.content.get("code"), "execution_count": run.execution_count}
+            self._said.say("iopub", "execute_input", content, request.header)
+        self._run = run
+        return run
+
+    def _serve(self, run: _Run) -> None:
+        if run.request.msg_type == "execute_request":
+            self._reply(run, "execute_reply", self._execute(run))
+        elif run.request.msg_type == "kernel_info_request":
+            self._reply(run, "kernel_info_reply", _kernel_info())
+        with self._lock:
+            self._said.say("iopub", "status", {"execution_state": "idle"}, run.header)
+            self._run = None
+            following = self._begin(self._requests.popleft()) if self._requests else None
+        if following is not None:
+            self._runs.put(following)
+
+    def _reply(self, run: _Run, msg_type: str, content: Mapping[str, object]) -> None:
+        self._said.say("shell", msg_type, content, run.header, wake=False)
+
+    def _execute(self, run: _Run) -> Mapping[str, object]:
+        run.performance = Performance()
+        if self._abandoned:
+            run.end_performance()
+        try:
+            failure = run.gate.call(lambda: self._attempt(run))
+        except BaseException as error:  # an interrupt, of the kernel's own making, that came between
+            failure = {"ename": type(error).__name__, "evalue": "", "traceback": []}
+        if os.getpid() != self._pid:
+            _end_child(failure)
+        run.end_performance()
+        ended = {"execution_count": run.execution_count, "user_expressions": {}, "payload": []}
+        if failure is None:
+            return {"status": "ok", **ended}
+        self._said.say("iopub", "error", failure, run.header, wake=False)
+        return {"status": "error", **ended, **failure}
+
+    def _attempt(self, run: _Run) -> dict[str, object] | None:
+        try:
+            self._run_cell(run)
+        except BaseException as error:  # whatever the code raises is what became of it
+            return failure_content(error)
+        return None
+
+    def _run_cell(self, run: _Run) -> None:
+        source, filename = str(run.request.content.get("code")), self._filename(run)
+        remember_source(filename, source)
+        statements, shown = compile_cell(source, filename)
+        if statements is not None:
+            self._eval(run, statements)
+        value = None if shown is None else self._eval(run, shown)
+        if value is not None and not run.is_set("silent", False):
+            self._show(run, value)
+
+    def _filename(self, run: _Run) -> str:
+        filename = f"<cell {run.execution_count} of {self._id}>"
+        if len(self._sources) == _REMEMBERED:
+            forget_source(self._sources.popleft())
+        self._sources.append(filename)
+        return filename
+
+    def _eval(self, run: _Run, code: CodeType) -> object:
+        value: Any = eval(code, self._namespace)
+        return self._await(run, value) if code.co_flags & CO_COROUTINE else value
+
+    def _await(self, run: _Run, coroutine: Any) -> object:
+        with uninterrupted():
+            import asyncio
+
+            if self._event_loop is None or self._event_loop.is_closed():
+                self._event_loop = asyncio.new_event_loop()
+                asyncio.set_event_loop(self._event_loop)
+            loop = self._event_loop
+            task = loop.create_task(coroutine)
+            run.waiting = loop, task
+        try:
+            return loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            if run.cancelled:
+                raise Interrupted from None
+            raise
+        finally:
+            run.waiting = None
+
+    def _show(self, run: _Run, value: object) -> None:
+        data, metadata = bundle_of(value)
+        if not data:
+            return
+        content = {
+            "execution_count": run.execution_count,
+            "data": as_sent(data),
+            "metadata": as_sent(metadata),
+        }
+        self._builtins._ = value
+        with uninterrupted():
+            self._said.say("iopub", "execute_result", content, run.header, wake=False)
+
+    def _close_event_loop(self) -> None:
+        loop = self._event_loop
+        if loop is None or loop.is_closed():
+            return
+        import asyncio
+
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        try:
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        except BaseException:  # the last words of tasks that nobody waits for; the thread ends here
+            return
+        finally:
+            loop.close()
+
+
+def _kernel_info() -> Mapping[str, object]:
+    """The content of a ``kernel_info_reply`` (messaging documentation, section "Kernel info")."""
+    return {
+        "status": "ok",
+        "protocol_version": "5.4",
+        "implementation": "code_sandboxes",
+        "implementation_version": "2",
+        "language_info": {
+            "name": "python",
+            "version": platform.python_version(),
+            "mimetype": "text/x-python",
+            "file_extension": ".py",
+        },
+        "banner": "",
+        "help_links": [],
+        "supported_features": [],
+    }
+
+
+def _end_child(failure: Mapping[str, object] | None) -> None:
+    """The code forked, and its child has come to its end here: it is not ours, and has nowhere to go."""
+    code = 0
+    if failure is not None:
+        code = 1
+        if failure["ename"] == "SystemExit":
+            value = str(failure["evalue"])
+            code = int(value) if value.isdigit() else int(value not in ("", "None"))
+        else:
+            print(*failure["traceback"], sep="\n", file=sys.stderr)  # type: ignore[misc]  # it is a list
+    with contextlib.suppress(Exception):  # as os._exit() does not
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,58 @@
+"""Messages to a kernel in this process, and back: no wire, no copy, in order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+from code_sandboxes.protocol.messages import Message
+from code_sandboxes.transports.loop import Loop
+
+__all__ = ["InProcessTransport", "Peer"]
+
+
+class Peer(Protocol):
+    """The kernel, as far as a transport must know it."""
+
+    def connect(self, wake: Callable[[], None]) -> None:
+        """Call *wake*, in any thread, when there is something to take."""
+
+    def accept(self, message: Message) -> None:
+        """Take a request; in the I/O thread, must not block."""
+
+    def take(self) -> list[Message]:
+        """What it has said since the last time."""
+
+
+class InProcessTransport:
+    """One connection to a kernel in this process.
+
+    Args:
+        loop: where *receive* is called.
+        peer: the kernel.
+        receive: gets each message.
+    """
+
+    def __init__(self, loop: Loop, peer: Peer, receive: Callable[[Message], None]) -> None:
+        self.dropped: Counter[str] = Counter()
+        self._loop = loop
+        self._peer = peer
+        self._receive = receive
+        self._open = False
+
+    def open(self) -> None:
+        self._open = True
+        self._peer.connect(lambda: self._loop.call_soon(self._deliver))
+
+    def send(self, message: Message) -> None:
+        self._peer.accept(message)
+
+    def close(self) -> None:
+        self._open = False
+
+    def _deliver(self) -> None:
+        if not self._open:
+            return
+        for message in self._peer.take():
+            self._receive(message)

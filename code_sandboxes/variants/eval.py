@@ -1,0 +1,108 @@
+"""local-eval: code runs in this process, in threads of its own, with nothing around it.
+
+The quickest, for code that somebody has read: tests, examples, a program's own scripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from code_sandboxes.info import Capabilities, Capability, SandboxVariant
+from code_sandboxes.inprocess.kernel import InProcessKernel
+from code_sandboxes.variants.base import Variant
+
+if TYPE_CHECKING:
+    from code_sandboxes.config import SandboxConfig
+
+__all__ = ["LocalEval"]
+
+_IN_THIS_PROCESS = "the code runs in this process, with all that this process may do; use local-jupyter"
+_PROCESS_WIDE = "that would hold for this whole process, in which the code runs; use local-jupyter"
+_NOT_YET = "it cannot do that yet"
+
+_PYTHON = ("python", "python3")
+
+
+class LocalEval(Variant):
+    """Code in threads of this process."""
+
+    name = SandboxVariant.LOCAL_EVAL
+    options: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
+        super().__init__(config, options)
+        for trait, what in (
+            ("memory_limit", "limit the memory"),
+            ("cpu_limit", "limit the CPUs"),
+            ("gpu", "choose a GPU"),
+            ("environment", "provide an environment"),
+        ):
+            if getattr(config, trait) is not None:
+                raise self.refuse(f"{what} ({trait}={getattr(config, trait)!r})", _IN_THIS_PROCESS)
+        if config.network_policy in ("none", "allowlist"):
+            raise self.refuse(f"enforce network_policy={config.network_policy!r}", _IN_THIS_PROCESS)
+        self._refuse_what_is_process_wide(config.working_dir, config.env_vars)
+        if config.idle_timeout is not None:
+            raise self.refuse("enforce idle_timeout", "nothing watches idle kernels yet; use max_lifetime")
+
+    def _refuse_what_is_process_wide(self, cwd: str | None, env: Mapping[str, str]) -> None:
+        if cwd is not None:
+            raise self.refuse(f"start in the working directory {cwd!r}", _PROCESS_WIDE)
+        if env:
+            raise self.refuse(f"set environment variables ({', '.join(sorted(env))})", _PROCESS_WIDE)
+
+    @classmethod
+    def capabilities(cls) -> Capabilities:
+        yes, no = Capability(True), Capability(False, _IN_THIS_PROCESS)
+        process_wide, not_yet = Capability(False, _PROCESS_WIDE), Capability(False, _NOT_YET)
+        return Capabilities(
+            languages=_PYTHON,
+            contexts=yes,
+            own_process=no,
+            environment=process_wide,
+            magics=Capability(False, "its code is plain Python, with top-level await; use local-jupyter"),
+            interrupt_blocked=Capability(
+                False, "a thread that does not react cannot be ended, and is abandoned; use local-jupyter"
+            ),
+            subshells=not_yet,
+            network_none=no,
+            network_allowlist=no,
+            memory_limit=no,
+            cpu_limit=no,
+            pids_limit=no,
+            disk_limit=no,
+            gpu=no,
+            mounts=no,
+            idle_timeout=not_yet,
+            snapshots=not_yet,
+            fork=no,
+        )
+
+    @property
+    def isolation(self) -> str:
+        return "none: the code runs in this process, and can do and break all that this process can"
+
+    @property
+    def max_output(self) -> int:
+        return 256 * 1024**2
+
+    def kernel_name(self, language: str | None) -> str:
+        if language is not None and language not in _PYTHON:
+            raise ValueError(f"local-eval only supports Python, not the language {language!r}")
+        return "python3"
+
+    def language_of(self, kernel_name: str) -> str:
+        return "python"
+
+    def prepare(self) -> None:
+        return
+
+    def launcher(
+        self, kernel_name: str, cwd: str | None, env: Mapping[str, str]
+    ) -> Callable[[], InProcessKernel]:
+        self._refuse_what_is_process_wide(cwd, env)
+        return InProcessKernel
+
+    def remove(self) -> None:
+        return
