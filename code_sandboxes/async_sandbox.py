@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import code_sandboxes.config
-import code_sandboxes.variants.eval  # noqa: F401  (see above)
+import code_sandboxes.variants.eval
 import code_sandboxes.variants.jupyter  # noqa: F401  (see above)
 from code_sandboxes.front import Front, known_variant
 from code_sandboxes.inbox import Inbox

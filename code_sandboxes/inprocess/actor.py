@@ -5,10 +5,9 @@ from __future__ import annotations
 import builtins
 import functools
 import os
-import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from code_sandboxes.inprocess import stage
 from code_sandboxes.inprocess.display import Bundle, as_sent, bundle_of
@@ -34,9 +33,9 @@ class Actor:
     def __init__(self, audience: Audience) -> None:
         self._audience = audience
         self._pid = os.getpid()
-        self.stdout: TextIO = TellingStream("stdout", functools.partial(self._tell, "stdout"))
-        self.stderr: TextIO = TellingStream("stderr", functools.partial(self._tell, "stderr"))
-        self.stdin: TextIO = AskingStream(self.input)
+        self.stdout = TellingStream("stdout", functools.partial(self._tell, "stdout"))
+        self.stderr = TellingStream("stderr", functools.partial(self._tell, "stderr"))
+        self.stdin = AskingStream(self.input)
 
     def namespace(self) -> dict[str, object]:
         """A new one for variables: only its builtins differ from those of any other module."""
@@ -89,7 +88,7 @@ class Actor:
         clear: bool = False,
         **kwargs: Any,
     ) -> object:
-        """Show objects; with *display_id* what is shown can be updated later, by the handle that is returned."""
+        """Show objects; with *display_id* what is shown can be updated, by the handle that is returned."""
         settings = {"transient": dict(transient or {}), "update": kwargs.get("update", False)}
         if display_id:
             display_id = os.urandom(16).hex() if display_id is True else display_id

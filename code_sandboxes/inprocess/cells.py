@@ -51,7 +51,9 @@ def _parse(source: str, filename: str) -> ast.Module:
 
 
 def _parse_exactly(source: str, filename: str) -> ast.Module:
-    return compile(source, filename, "exec", _FLAGS | ast.PyCF_ONLY_AST, dont_inherit=True)
+    tree = compile(source, filename, "exec", _FLAGS | ast.PyCF_ONLY_AST, dont_inherit=True)
+    assert isinstance(tree, ast.Module)
+    return tree
 
 
 def _ends_with_semicolon(statement: ast.Expr, source: str) -> bool:

@@ -1,7 +1,7 @@
 """Turn objects into MIME bundles, as IPython does, for code that runs without an IPython.
 
-Source: IPython documentation, section "Integrating your objects with IPython" (``_repr_html_()`` and its kin);
-messaging documentation, sections "display_data" and "execute_result".
+Source: IPython documentation, section "Integrating your objects with IPython" (``_repr_html_()`` and its
+kin); messaging documentation, sections "Display data" and "Execution results".
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import base64
 import json
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from code_sandboxes.inprocess.gate import uninterrupted
-
-if TYPE_CHECKING:
-    from IPython.core.formatters import DisplayFormatter
 
 __all__ = ["Bundle", "as_sent", "bundle_of"]
 
@@ -39,7 +36,7 @@ def bundle_of(value: object, include: Any = None, exclude: Any = None) -> tuple[
 
 
 @cache
-def _formatter() -> DisplayFormatter:
+def _formatter() -> Any:  # IPython's own annotations are few
     from IPython.core.formatters import DisplayFormatter
 
     formatter = DisplayFormatter()
@@ -48,9 +45,10 @@ def _formatter() -> DisplayFormatter:
 
 
 def _png_of_figure(figure: Any) -> object:
-    from IPython.core.pylabtools import print_figure
+    from IPython.core import pylabtools
 
-    return print_figure(figure, "png")
+    encode: Any = pylabtools.print_figure
+    return encode(figure, "png")
 
 
 def as_sent(bundle: Bundle) -> dict[str, object]:

@@ -85,7 +85,8 @@ class InProcessKernel:
 
     interrupt_mode: Literal["signal"] = "signal"
     how_killed = (
-        "it was abandoned: its thread goes on in this process, its output is dropped, and its variables are gone"
+        "it was abandoned: its thread goes on in this process, its output is dropped,"
+        " and its variables are gone"
     )
 
     def __init__(self) -> None:
@@ -204,8 +205,8 @@ class InProcessKernel:
         self._said.say("iopub", msg_type, content, run.header if run is not None else {})
 
     def answer(self, prompt: str, *, password: bool) -> str:
-        run = self._run
-        if run is None or not run.is_set("allow_stdin", True) or threading.current_thread() is not self._thread:
+        run = self._run if threading.current_thread() is self._thread else None
+        if run is None or not run.is_set("allow_stdin", True):
             raise StdinNotImplementedError("the code asked for input, and nobody answers (on_input= does)")
         run.gate.nudge = lambda: self._answers.put(None)
         content = {"prompt": prompt, "password": password}
@@ -229,11 +230,11 @@ class InProcessKernel:
         """It is its turn now."""
         executes = request.msg_type == "execute_request"
         run = _Run(request, self._execution_count + 1)
-        self._said.say("iopub", "status", {"execution_state": "busy"}, request.header, wake=not executes)
+        self._said.say("iopub", "status", {"execution_state": "busy"}, request.header, wake=False)
         if executes and not run.is_set("silent", False):
             self._execution_count += run.is_set("store_history", True)
             content = {"code": request.content.get("code"), "execution_count": run.execution_count}
-            self._said.say("iopub", "execute_input", content, request.header)
+            self._said.say("iopub", "execute_input", content, request.header, wake=False)
         self._run = run
         return run
 

@@ -44,7 +44,7 @@ class Output:
         self._closed = False
 
     def listen(self, wake: Callable[[], None]) -> None:
-        """Call *wake*, in the thread that says something, when there is something to take."""
+        """Call *wake* when there is something to take, in the thread that says it; *wake* must not block."""
         with self._lock:
             self._wake, self._awake = wake, False
 
@@ -60,10 +60,12 @@ class Output:
         """Send a message; without *wake* it is taken together with the next one."""
         message = self._session.message(channel, msg_type, content, parent_header=parent)
         with self._lock:
-            if not self._closed:
-                self._waiting.append(message)
-        if wake:
-            self._rouse()
+            if self._closed:
+                return
+            self._waiting.append(message)
+            rouse = wake and self._must_rouse()
+        if rouse:
+            self._wake()
 
     def write(self, name: str, text: str, parent: Mapping[str, object]) -> None:
         """Send *text* in a ``stream`` message of that *name*."""
@@ -78,7 +80,9 @@ class Output:
             else:
                 self._waiting.append(_Text(name, parent, [text]))
             self._size += len(text)
-        self._rouse()
+            rouse = self._must_rouse()
+        if rouse:
+            self._wake()
         if self._size > _ROOM:
             with self._has_room:
                 self._has_room.wait_for(lambda: self._size <= _ROOM, _PATIENCE)
@@ -99,12 +103,10 @@ class Output:
             self._size = 0
             self._has_room.notify_all()
 
-    def _rouse(self) -> None:
+    def _must_rouse(self) -> bool:
         # The listener takes everything: it is woken once for all that is said until it does.
-        with self._lock:
-            asleep, self._awake = not self._awake, True
-        if asleep:
-            self._wake()
+        asleep, self._awake = not self._awake, True
+        return asleep
 
     def _message(self, item: Message | _Text) -> Message:
         if isinstance(item, Message):

@@ -1,4 +1,4 @@
-"""The standard streams as code in this process sees them: what it prints is told, what it reads is asked for."""
+"""Standard streams for code in this process: what it prints is told, and what it reads is asked for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TellingStream(io.TextIOBase):
         return "utf-8"
 
     @property
-    def errors(self) -> str:
+    def errors(self) -> str:  # type: ignore[override]  # the same
         return "replace"
 
     def writable(self) -> bool:

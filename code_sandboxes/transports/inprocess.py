@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from code_sandboxes.protocol.messages import Message
-from code_sandboxes.transports.loop import Loop
+from code_sandboxes.transports.loop import Loop, Timer
 
 __all__ = ["InProcessTransport", "Peer"]
+
+# Seconds that a first message about a request may take if nothing follows it: it costs a change of threads.
+_LATEST = 0.005
 
 
 class Peer(Protocol):
@@ -40,6 +43,7 @@ class InProcessTransport:
         self._peer = peer
         self._receive = receive
         self._open = False
+        self._late: Timer | None = None
 
     def open(self) -> None:
         self._open = True
@@ -47,11 +51,16 @@ class InProcessTransport:
 
     def send(self, message: Message) -> None:
         self._peer.accept(message)
+        if self._late is None:
+            self._late = self._loop.call_later(_LATEST, self._deliver)
 
     def close(self) -> None:
         self._open = False
 
     def _deliver(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
         if not self._open:
             return
         for message in self._peer.take():
