@@ -1,7 +1,7 @@
 """What every test shares: the sandbox on every variant, README.md's examples as tests, and a loud end.
 
-A test that asks for ``sandbox`` runs once for each variant that ``--variant`` names (all by default), and in
-a module that says ``EVERY_FRONT = True`` through each front. One that cannot run on this machine is skipped
+A test that asks for ``sandbox`` runs once for each variant that ``--variant`` names (all by default) and that
+can do what the test needs, and in a module that says ``EVERY_FRONT = True`` through each front. One that cannot run on this machine is skipped
 with its reason, and all reasons are told again at the end.
 """
 
@@ -18,10 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from code_sandboxes import Sandbox, SandboxVariant
+from code_sandboxes import Capabilities, Sandbox, SandboxVariant
 from tests.fronts import FRONTS, create
 
 MakeSandbox = Callable[..., Sandbox]
+
+# What says that no isolation is intended, where a variant would warn that there is none.
+UNISOLATED: dict[str, dict[str, object]] = {SandboxVariant.LOCAL_JUPYTER: {"isolation": "none"}}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +46,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("front", [pytest.param(f, marks=marks[f]) for f in fronts], scope="session")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a variant cannot do: ``@pytest.mark.needs("own_process")`` names its capabilities."""
+    left_out = [item for item in items if not _can_run(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _can_run(item: pytest.Item) -> bool:
+    needed = [name for marker in item.iter_markers("needs") for name in marker.args]
+    callspec = getattr(item, "callspec", None)
+    if not needed or callspec is None or "variant" not in callspec.params:
+        return True
+    capabilities = Sandbox.capabilities_of(callspec.params["variant"])
+    return all(getattr(capabilities, name) for name in needed)
+
+
+@pytest.fixture
+def capabilities(variant: str) -> Capabilities:
+    """What the variant can do."""
+    return Sandbox.capabilities_of(variant)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def runtime_folder() -> Iterator[Path]:
     """A runtime folder for these tests alone; at the end it must be empty."""
@@ -60,8 +85,7 @@ def make_sandbox(variant: str, front: str) -> Iterator[MakeSandbox]:
     made: list[Sandbox] = []
 
     def make(**settings: object) -> Sandbox:
-        settings.setdefault("isolation", "none")
-        sandbox = create(front, variant, **settings)
+        sandbox = create(front, variant, **{**UNISOLATED.get(variant, {}), **settings})
         made.append(sandbox)
         return sandbox
 
@@ -79,7 +103,7 @@ def sandbox(make_sandbox: MakeSandbox) -> Sandbox:
 @pytest.fixture(scope="session")
 def shared_sandbox(variant: str, front: str, runtime_folder: Path) -> Iterator[Sandbox]:
     """A sandbox for tests that leave no trace in it."""
-    sandbox = create(front, variant, isolation="none")
+    sandbox = create(front, variant, **UNISOLATED.get(variant, {}))
     yield sandbox
     sandbox.kill()
 

@@ -92,7 +92,8 @@ class Capabilities:
             processes print is its output.
         environment: environment variables and a working directory can be chosen.
         magics: IPython's ``%magics``, ``!commands`` and ``name?``.
-        interrupt_blocked: code that does not react to an interrupt can be stopped, at the cost of its state.
+        interrupt_blocked: code that waits in the system (a sleep, a socket) reacts to an interrupt, and code
+            that reacts to none can be ended, at the cost of its state.
         subshells: files and commands work while code runs.
     """
 

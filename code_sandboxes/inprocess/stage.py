@@ -2,7 +2,11 @@
 
 While a run is on, ``sys.stdout`` and its like have stand-ins. A stand-in asks at each use who is calling: the
 code of some kernel, told by a context variable that its tasks inherit, and the threads it starts too; or
-the rest of the program, which gets what was there before. When the last run is over, that is there again.
+the rest of the program, which gets its own. When the last run is over, that is there again.
+
+The stand-ins are for the interpreter itself (``print()``, tracebacks). Whoever reads ``sys.stdout`` gets what
+is behind them, and whoever sets it sets that: so code that redirects its output, for a while or for good,
+does so for its own kernel, and the program for all the rest.
 """
 
 from __future__ import annotations
@@ -59,8 +63,58 @@ def is_set() -> bool:
     return bool(_on)
 
 
+class _StreamStandIn:
+    """Is, for each caller, the stream that is theirs."""
+
+    def __init__(self, name: str, original: Any) -> None:
+        self.original = original
+        self._name = name
+
+    def write(self, text: str) -> Any:
+        stream = self._theirs()
+        return len(text) if stream is None else stream.write(text)  # None: nobody wants it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._theirs(), name)
+
+    def _theirs(self) -> Any:
+        who = acting.get()
+        return self.original if who is None else getattr(who, self._name)
+
+
+def _stream_of_caller(name: str) -> property:
+    def get(module: ModuleType) -> object:
+        who = acting.get()
+        return _behind(vars(module)[name]) if who is None else getattr(who, name)
+
+    def set(module: ModuleType, stream: object) -> None:
+        who = acting.get()
+        if who is not None:
+            setattr(who, name, stream)
+            return
+        with _lock:
+            vars(module)[name] = _StreamStandIn(name, stream) if _on else stream
+
+    return property(get, set)
+
+
+class _Sys(type(sys)):  # type: ignore[misc]  # ModuleType, unless somebody had the same idea
+    """:mod:`sys` as a module with properties (Python reference, "Customizing module attribute access").
+
+    For good: code that was abandoned may put back, at any time, what it had found.
+    """
+
+    stdin = _stream_of_caller("stdin")
+    stdout = _stream_of_caller("stdout")
+    stderr = _stream_of_caller("stderr")
+
+
+def _behind(stream: object) -> object:
+    return stream.original if type(stream) is _StreamStandIn else stream
+
+
 class _Place:
-    """A name in a module or class, and who stands there while the stage is set."""
+    """A function's name in a module or class, and who stands there while the stage is set."""
 
     def __init__(self, owner: Any, name: str, understudy: Callable[[str, Any], Any]) -> None:
         self._owner = owner
@@ -71,47 +125,13 @@ class _Place:
 
     def take(self) -> None:
         found = getattr(self._owner, self._name)
-        # Who left a redirect_stdout() late has put back the stand-in of an earlier run.
-        if found is not self._stand_in and found is not self._original:
+        if found is not self._original:
             self._original, self._stand_in = found, self._understudy(self._name, found)
         setattr(self._owner, self._name, self._stand_in)
 
     def give_back(self) -> None:
-        # Whatever is there now: what code leaves in sys.stdout is not left to the program.
-        setattr(self._owner, self._name, self._original)
-
-
-class _StreamStandIn:
-    """Is, for each caller, the stream that is theirs."""
-
-    def __init__(self, name: str, original: Any) -> None:
-        self.__dict__["_of"] = lambda: original if (who := acting.get()) is None else getattr(who, name)
-
-    def write(self, text: str) -> Any:  # print() uses it, also where the program has no stream (None)
-        stream = self._of()
-        return len(text) if stream is None else stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_of"](), name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        setattr(self._of(), name, value)
-
-    def __iter__(self) -> Any:
-        return iter(self._of())
-
-    def __enter__(self) -> Any:
-        return self._of().__enter__()
-
-    def __exit__(self, *raised: object) -> Any:
-        return self._of().__exit__(*raised)
-
-    def __repr__(self) -> str:
-        return repr(self._of())
-
-    @property  # type: ignore[misc]  # so that isinstance() sees what is behind, as with any proxy
-    def __class__(self) -> Any:
-        return type(self._of())
+        if getattr(self._owner, self._name) is self._stand_in:
+            setattr(self._owner, self._name, self._original)
 
 
 def _function_stand_in(name: str, original: Any) -> Any:
@@ -179,7 +199,6 @@ def _replace_showing(module: ModuleType) -> None:
 _lock = threading.RLock()
 _on: set[Performance] = set()
 _places = [
-    *(_Place(sys, name, _StreamStandIn) for name in _STREAMS),
     _Place(threading.Thread, "start", _inheriting_start),
     _Place(getpass, "getpass", _function_stand_in),
 ]
@@ -187,6 +206,10 @@ _finder = _ShowingFinder()
 
 
 def _set() -> None:
+    if type(sys) is not _Sys:
+        setattr(sys, "__class__", _Sys)  # noqa: B010  (mypy: not assignable)
+    for name in _STREAMS:
+        vars(sys)[name] = _StreamStandIn(name, vars(sys)[name])
     for place in _places:
         place.take()
     module = sys.modules.get(_SHOWING)
@@ -197,6 +220,8 @@ def _set() -> None:
 
 
 def _strike() -> None:
+    for name in _STREAMS:
+        vars(sys)[name] = _behind(vars(sys)[name])
     for place in _places:
         place.give_back()
     if _finder in sys.meta_path:
