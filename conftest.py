@@ -1,8 +1,8 @@
 """What every test shares: the sandbox on every variant, README.md's examples as tests, and a loud end.
 
 A test that asks for ``sandbox`` runs once for each variant that ``--variant`` names (all by default) and that
-can do what the test needs, and in a module that says ``EVERY_FRONT = True`` through each front. One that cannot run on this machine is skipped
-with its reason, and all reasons are told again at the end.
+can do what the test needs, and in a module that says ``EVERY_FRONT = True`` through each front. One that
+cannot run on this machine is skipped with its reason, and all reasons are told again at the end.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ MakeSandbox = Callable[..., Sandbox]
 # What says that no isolation is intended, where a variant would warn that there is none.
 UNISOLATED: dict[str, dict[str, object]] = {SandboxVariant.LOCAL_JUPYTER: {"isolation": "none"}}
 
+# Goes on for a minute, and can be interrupted on every variant: it never waits for long.
+BUSY = "for _ in range(6000): __import__('time').sleep(0.01)"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -47,7 +50,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what a variant cannot do: ``@pytest.mark.needs("own_process")`` names its capabilities."""
+    """Leave out what a variant cannot do: ``@pytest.mark.needs("own_process", "languages.bash")``."""
     left_out = [item for item in items if not _can_run(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
@@ -59,7 +62,13 @@ def _can_run(item: pytest.Item) -> bool:
     if not needed or callspec is None or "variant" not in callspec.params:
         return True
     capabilities = Sandbox.capabilities_of(callspec.params["variant"])
-    return all(getattr(capabilities, name) for name in needed)
+    return all(_has(capabilities, name) for name in needed)
+
+
+def _has(capabilities: Capabilities, name: str) -> bool:
+    if name.startswith("languages."):
+        return name.removeprefix("languages.") in capabilities.languages
+    return bool(getattr(capabilities, name))
 
 
 @pytest.fixture

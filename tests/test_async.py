@@ -7,6 +7,8 @@ import contextlib
 import inspect
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -19,18 +21,32 @@ from code_sandboxes import (
     Sandbox,
     SandboxNotStartedError,
 )
+from conftest import BUSY, UNISOLATED
 
 Body = Callable[[AsyncSandbox], Awaitable[None]]
+Start = Callable[..., Any]  # what AsyncSandbox.create() gives
+WithSandbox = Callable[[Body], None]
 
 
-def with_sandbox(body: Body, **settings: object) -> None:
-    """Run *body* with a sandbox in an event loop."""
+@pytest.fixture
+def start(variant: str) -> Start:
+    """Starts a sandbox: to be awaited, or entered."""
+    settings: dict[str, Any] = UNISOLATED.get(variant, {})
+    return partial(AsyncSandbox.create, variant, **settings)
 
-    async def main() -> None:
-        async with AsyncSandbox.create(isolation="none", **settings) as sandbox:  # type: ignore[arg-type]  # any
-            await body(sandbox)
 
-    asyncio.run(main())
+@pytest.fixture
+def with_sandbox(start: Start) -> WithSandbox:
+    """Runs a body with a sandbox in an event loop."""
+
+    def run(body: Body) -> None:
+        async def main() -> None:
+            async with start() as sandbox:
+                await body(sandbox)
+
+        asyncio.run(main())
+
+    return run
 
 
 # Parity.
@@ -62,25 +78,26 @@ def test_both_fronts_have_the_same_names_signatures_and_documentation(
 # Life.
 
 
-def test_create_can_be_awaited_and_used_in_async_with() -> None:
+def test_create_can_be_awaited_and_used_in_async_with(start: Start) -> None:
     async def main() -> None:
-        sandbox = await AsyncSandbox.create(isolation="none", name="mine")
+        sandbox = await start(name="mine")
         assert (sandbox.is_running, sandbox.name) == (True, "mine")
         assert (await sandbox.run_code("1 + 1")).text == "2"
         assert await sandbox.terminate() is True
         assert await sandbox.kill() is False
         with pytest.raises(SandboxNotStartedError):
             await sandbox.run_code("1")
-        async with AsyncSandbox.create(isolation="none") as other:
+        async with start() as other:
             assert other.is_running
         assert other.status == "stopped"
 
     asyncio.run(main())
 
 
-def test_a_sandbox_outlives_the_event_loop_it_was_made_in() -> None:
+def test_a_sandbox_outlives_the_event_loop_it_was_made_in(start: Start) -> None:
     async def make() -> AsyncSandbox:
-        return await AsyncSandbox.create(isolation="none")
+        sandbox: AsyncSandbox = await start()
+        return sandbox
 
     sandbox = asyncio.run(make())
     assert asyncio.run(sandbox.run_code("1 + 1")).text == "2"
@@ -90,7 +107,7 @@ def test_a_sandbox_outlives_the_event_loop_it_was_made_in() -> None:
 # Running code.
 
 
-def test_callbacks_may_be_plain_or_asynchronous_and_come_in_order() -> None:
+def test_callbacks_may_be_plain_or_asynchronous_and_come_in_order(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         heard: list[str] = []
 
@@ -110,7 +127,7 @@ def test_callbacks_may_be_plain_or_asynchronous_and_come_in_order() -> None:
     with_sandbox(body)
 
 
-def test_input_is_answered_by_a_coroutine() -> None:
+def test_input_is_answered_by_a_coroutine(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         async def answer(request: InputRequest) -> str:
             await asyncio.sleep(0.01)
@@ -121,7 +138,7 @@ def test_input_is_answered_by_a_coroutine() -> None:
     with_sandbox(body)
 
 
-def test_an_exception_in_an_asynchronous_callback_is_raised_after_the_run() -> None:
+def test_an_exception_in_an_asynchronous_callback_is_raised_after_the_run(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         async def fail(_: object) -> None:
             raise LookupError("from the callback")
@@ -133,7 +150,7 @@ def test_an_exception_in_an_asynchronous_callback_is_raised_after_the_run() -> N
     with_sandbox(body)
 
 
-def test_a_callback_may_not_wait_for_its_own_run() -> None:
+def test_a_callback_may_not_wait_for_its_own_run(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         async def nested(_: object) -> None:
             await sandbox.run_code("1")
@@ -144,11 +161,13 @@ def test_a_callback_may_not_wait_for_its_own_run() -> None:
     with_sandbox(body)
 
 
-def test_a_cancelled_run_is_interrupted_and_the_kernel_is_ready_for_the_next() -> None:
+def test_a_cancelled_run_is_interrupted_and_the_kernel_is_ready_for_the_next(
+    with_sandbox: WithSandbox,
+) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         before = time.monotonic()
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(sandbox.run_code("x = 1\nimport time; time.sleep(60)", timeout=0), 0.5)
+            await asyncio.wait_for(sandbox.run_code(f"x = 1\n{BUSY}", timeout=0), 0.5)
         assert time.monotonic() - before < 5
         result = await sandbox.run_code("x")
         assert (result.status, result.text, result.state_preserved) == ("ok", "1", True)
@@ -156,7 +175,7 @@ def test_a_cancelled_run_is_interrupted_and_the_kernel_is_ready_for_the_next() -
     with_sandbox(body)
 
 
-def test_a_run_that_is_cancelled_while_it_waits_for_its_turn_is_not_run() -> None:
+def test_a_run_that_is_cancelled_while_it_waits_for_its_turn_is_not_run(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         first = asyncio.create_task(sandbox.run_code("import time; time.sleep(0.5)"))
         await asyncio.sleep(0)
@@ -171,10 +190,10 @@ def test_a_run_that_is_cancelled_while_it_waits_for_its_turn_is_not_run() -> Non
     with_sandbox(body)
 
 
-def test_a_timeout_is_kept_while_a_callback_awaits() -> None:
+def test_a_timeout_is_kept_while_a_callback_awaits(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         result = await sandbox.run_code(
-            "import time\nt = time.time()\nprint('on')\ntry: time.sleep(60)\nfinally: print(time.time() - t)",
+            f"import time\nt = time.time()\nprint('on')\ntry:\n    {BUSY}\nfinally: print(time.time() - t)",
             on_stdout=lambda m: asyncio.sleep(2 if m.line == "on" else 0),
             timeout=1,
         )
@@ -187,7 +206,7 @@ def test_a_timeout_is_kept_while_a_callback_awaits() -> None:
 # The iterator.
 
 
-def test_the_stream_is_live_and_in_order() -> None:
+def test_the_stream_is_live_and_in_order(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         stream = sandbox.run_code_streaming(
             "print('a', end='')\nimport time; time.sleep(0.5)\nprint('b')\n1 / 0"
@@ -205,7 +224,7 @@ def test_the_stream_is_live_and_in_order() -> None:
     with_sandbox(body)
 
 
-def test_leaving_the_stream_early_interrupts_the_run() -> None:
+def test_leaving_the_stream_early_interrupts_the_run(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         stream = sandbox.run_code_streaming("x = 1\nimport time\nwhile True: print(1); time.sleep(0.01)")
         async for _ in stream:
@@ -216,7 +235,7 @@ def test_leaving_the_stream_early_interrupts_the_run() -> None:
     with_sandbox(body)
 
 
-def test_aclosing_a_stream_waits_until_the_code_has_stopped() -> None:
+def test_aclosing_a_stream_waits_until_the_code_has_stopped(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         stream = sandbox.run_code_streaming("import time\nwhile True: print(1); time.sleep(0.01)")
         async with contextlib.aclosing(stream):
@@ -231,7 +250,7 @@ def test_aclosing_a_stream_waits_until_the_code_has_stopped() -> None:
 # The event loop.
 
 
-def test_the_event_loop_misses_no_tick_while_20_runs_proceed() -> None:
+def test_the_event_loop_misses_no_tick_while_20_runs_proceed(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         loop = asyncio.get_running_loop()
         late: list[float] = []
@@ -257,7 +276,7 @@ def test_the_event_loop_misses_no_tick_while_20_runs_proceed() -> None:
 
 
 @pytest.mark.slow
-def test_500_runs_on_10_kernels_keep_their_order() -> None:
+def test_500_runs_on_10_kernels_keep_their_order(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         contexts = [await sandbox.create_context(f"c{i}") for i in range(10)]
         await asyncio.gather(*(sandbox.run_code("order = []", context=c) for c in contexts))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from code_sandboxes import OutputMessage, Sandbox
-from conftest import MakeSandbox, open_descriptors
+from conftest import UNISOLATED, MakeSandbox, open_descriptors
 
 
 def test_50_threads_on_one_sandbox_get_each_their_own_output(sandbox: Sandbox) -> None:
@@ -56,6 +56,7 @@ def test_runs_on_one_context_queue_in_the_order_of_their_calls(sandbox: Sandbox)
 
 
 @pytest.mark.slow
+@pytest.mark.needs("own_process")
 def test_50_sandboxes_in_one_process_do_not_mix_and_need_few_threads_and_descriptors(
     make_sandbox: MakeSandbox,
 ) -> None:
@@ -91,6 +92,9 @@ def measure():
     rss = psutil.Process().memory_info().rss
     return len(os.listdir("/dev/fd")), threading.active_count(), rss
 
+def create():
+    return Sandbox.create(**json.loads(sys.argv[1]))
+
 def runs(sandbox, count):
     for i in range(count):
         code = f"print({i})\\nfrom IPython.display import display\\nh = display({i}, display_id=True)\\n{i}"
@@ -98,7 +102,7 @@ def runs(sandbox, count):
 
 def come_and_go(count):
     for _ in range(count):
-        with Sandbox.create(isolation="none") as sandbox:
+        with create() as sandbox:
             assert sandbox.run_code("1 + 1").text == "2"
 
 def grow(work, warm_up, count):
@@ -109,11 +113,11 @@ def grow(work, warm_up, count):
 """
 
 
-def _growth(program: str) -> tuple[int, int, int]:
+def _growth(program: str, variant: str) -> tuple[int, int, int]:
     """Descriptors, threads and bytes that *program* has more of at its end."""
-    done = subprocess.run(
-        [sys.executable, "-c", GROWTH + program], capture_output=True, text=True, check=True, timeout=100
-    )
+    settings = json.dumps({"variant": variant, **UNISOLATED.get(variant, {})})
+    command = [sys.executable, "-c", GROWTH + program, settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
     descriptors, threads, size = json.loads(done.stdout)
     return descriptors, threads, size
 
@@ -122,13 +126,13 @@ def _growth(program: str) -> tuple[int, int, int]:
 @pytest.mark.parametrize(
     "program",
     [
-        "with Sandbox.create(isolation='none') as s: grow(lambda n: runs(s, n), 200, 1000)",
+        "with create() as s: grow(lambda n: runs(s, n), 200, 1000)",
         "grow(come_and_go, 10, 40)",
     ],
     ids=["1,000 runs", "40 sandboxes"],
 )
-def test_nothing_grows(runtime_folder: Path, program: str) -> None:
-    descriptors, threads, size = _growth(program)
+def test_nothing_grows(runtime_folder: Path, program: str, variant: str) -> None:
+    descriptors, threads, size = _growth(program, variant)
 
     assert (descriptors, threads) == (0, 0)
     assert size < 2 * 1024**2

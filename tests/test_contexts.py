@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from code_sandboxes import Context, ContextNotFoundError, Sandbox, SandboxConnectionError
-from conftest import MakeSandbox
+from conftest import BUSY, MakeSandbox
 
 EVERY_FRONT = True
 
@@ -32,9 +32,7 @@ def test_contexts_run_side_by_side(sandbox: Sandbox) -> None:
     begun = threading.Event()
     results = []
     waiting = threading.Thread(
-        target=lambda: results.append(
-            sandbox.run_code("print(1)\nimport time; time.sleep(60)", on_stdout=lambda _: begun.set())
-        )
+        target=lambda: results.append(sandbox.run_code(f"print(1)\n{BUSY}", on_stdout=lambda _: begun.set()))
     )
     waiting.start()
     assert begun.wait(30)
@@ -46,6 +44,7 @@ def test_contexts_run_side_by_side(sandbox: Sandbox) -> None:
     assert results[0].status == "interrupted"
 
 
+@pytest.mark.needs("environment")
 def test_a_context_starts_in_its_directory_with_its_environment(sandbox: Sandbox, tmp_path: Path) -> None:
     context = sandbox.create_context(cwd=str(tmp_path), env={"COLOUR": "red"})
     result = sandbox.run_code("import os; print(os.getcwd(), os.environ['COLOUR'])", context=context)
@@ -66,7 +65,7 @@ def test_restarting_a_context_forgets_its_variables_and_nothing_else(sandbox: Sa
 
 def test_restarting_cuts_a_run_short_and_the_next_one_works(sandbox: Sandbox) -> None:
     result = sandbox.run_code(
-        "x = 1; print(1)\nimport time; time.sleep(60)",
+        f"x = 1; print(1)\n{BUSY}",
         on_stdout=lambda _: threading.Thread(target=sandbox.restart).start(),
     )
 
@@ -75,6 +74,7 @@ def test_restarting_cuts_a_run_short_and_the_next_one_works(sandbox: Sandbox) ->
     assert (again.text, again.state_preserved) == ("False", True)
 
 
+@pytest.mark.needs("own_process")
 def test_a_deleted_context_is_gone_with_its_process(sandbox: Sandbox) -> None:
     context = sandbox.create_context("other")
     pid = int(sandbox.run_code("import os; os.getpid()", context=context).text or 0)
@@ -86,6 +86,7 @@ def test_a_deleted_context_is_gone_with_its_process(sandbox: Sandbox) -> None:
         sandbox.run_code("1", context="other")
 
 
+@pytest.mark.needs("own_process")
 def test_a_death_in_one_context_leaves_the_others_alone(sandbox: Sandbox) -> None:
     sandbox.create_context("other")
     sandbox.run_code("x = 1")
@@ -97,8 +98,8 @@ def test_a_death_in_one_context_leaves_the_others_alone(sandbox: Sandbox) -> Non
 
 def test_names_and_languages_are_checked(sandbox: Sandbox) -> None:
     sandbox.create_context("taken")
-    with pytest.raises(ValueError, match="the name 'default-bash' is kept for the contexts of runs"):
-        sandbox.create_context("default-bash")
+    with pytest.raises(ValueError, match="the name 'default-other' is kept for the contexts of runs"):
+        sandbox.create_context("default-other")
     with pytest.raises(ValueError, match="there is a context 'taken' already"):
         sandbox.create_context("taken")
     with pytest.raises(ValueError, match="give either context= or language="):
@@ -123,6 +124,7 @@ def test_python_by_any_name_is_the_default_context(shared_sandbox: Sandbox, lang
 # Another language
 
 
+@pytest.mark.needs("languages.bash")
 def test_bash_runs_prints_fails_and_keeps_its_state(sandbox: Sandbox) -> None:
     assert sandbox.run_code("x=5; echo out; echo err >&2", language="bash").stdout.splitlines() == [
         "out",
@@ -136,6 +138,7 @@ def test_bash_runs_prints_fails_and_keeps_its_state(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.needs("languages.bash")
 def test_bash_is_interrupted_when_it_times_out(sandbox: Sandbox) -> None:
     result = sandbox.run_code("x=5; echo on; sleep 60", language="bash", timeout=1)
 
@@ -144,6 +147,7 @@ def test_bash_is_interrupted_when_it_times_out(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.needs("languages.bash")
 def test_bash_is_started_afresh_when_it_died(sandbox: Sandbox) -> None:
     sandbox.run_code("x=5", language="bash")
     result = sandbox.run_code("kill -9 $PPID; sleep 5", language="bash")
@@ -152,6 +156,7 @@ def test_bash_is_started_afresh_when_it_died(sandbox: Sandbox) -> None:
     assert sandbox.run_code("echo [$x]", language="bash").stdout == "[]"
 
 
+@pytest.mark.needs("languages.bash")
 def test_a_context_whose_kernel_dies_at_start_raises_and_is_not_kept(
     sandbox: Sandbox, broken_kernel: str
 ) -> None:

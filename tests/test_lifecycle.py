@@ -20,6 +20,7 @@ from nbclient import NotebookClient
 
 import code_sandboxes
 from code_sandboxes import (
+    Capabilities,
     LocalJupyterSandbox,
     Sandbox,
     SandboxConfig,
@@ -27,7 +28,8 @@ from code_sandboxes import (
     SandboxIsolationWarning,
     SandboxNotStartedError,
 )
-from conftest import MakeSandbox
+from conftest import BUSY, UNISOLATED, MakeSandbox
+from tests.fronts import create
 
 
 def test_create_gives_a_running_sandbox_that_tells_about_itself(make_sandbox: MakeSandbox) -> None:
@@ -46,7 +48,7 @@ def test_create_gives_a_running_sandbox_that_tells_about_itself(make_sandbox: Ma
     assert info.end_at == info.created_at + 86400
     sandbox.set_tags({"c": "d"})
     assert sandbox.tags == {"c": "d"}
-    assert repr(sandbox) == f"<LocalJupyterSandbox {sandbox.id} running>"
+    assert repr(sandbox) == f"<{type(sandbox).__name__} {sandbox.id} running>"
 
 
 def test_the_end_is_told_once_and_use_after_it_is_refused(sandbox: Sandbox) -> None:
@@ -81,14 +83,25 @@ def test_use_before_the_start_is_refused_and_the_sandbox_can_still_be_started() 
 
 
 def test_with_ends_it_also_when_the_block_raises(variant: str) -> None:
-    sandbox = Sandbox.create(variant, isolation="none")
-    pid = _pid(sandbox)
+    sandbox = create("blocking", variant, **UNISOLATED.get(variant, {}))
     with pytest.raises(KeyError), sandbox:
         raise KeyError
     assert sandbox.status == "stopped"
-    assert not psutil.pid_exists(pid)
 
 
+@pytest.mark.parametrize("end", ["terminate", "kill"])
+def test_no_thread_is_left_of_a_sandbox_that_ended(make_sandbox: MakeSandbox, end: str) -> None:
+    make_sandbox()  # the threads that all sandboxes share are there then
+    before = set(threading.enumerate())
+    sandbox = make_sandbox()
+    sandbox.create_context("other")
+    sandbox.run_code("x = 1")
+    getattr(sandbox, end)()
+
+    _wait_until(lambda: set(threading.enumerate()) <= before)
+
+
+@pytest.mark.needs("own_process")
 @pytest.mark.parametrize("end", ["terminate", "kill"])
 def test_nothing_is_left_of_a_sandbox_that_ended(
     make_sandbox: MakeSandbox, runtime_folder: Path, end: str
@@ -108,6 +121,7 @@ def test_nothing_is_left_of_a_sandbox_that_ended(
     _wait_until(lambda: not any(_lives(pid) for pid in pids))
 
 
+@pytest.mark.needs("own_process")
 def test_the_folder_of_a_sandbox_is_closed_to_other_users(sandbox: Sandbox, runtime_folder: Path) -> None:
     for folder in runtime_folder.iterdir():
         assert folder.stat().st_mode & 0o077 == 0
@@ -116,6 +130,7 @@ def test_the_folder_of_a_sandbox_is_closed_to_other_users(sandbox: Sandbox, runt
     assert all(path.stat().st_mode & 0o077 == 0 for path in connection_files)
 
 
+@pytest.mark.needs("environment")
 def test_the_environment_is_not_the_programs_own(
     make_sandbox: MakeSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +146,7 @@ def test_the_environment_is_not_the_programs_own(
     assert sandbox.run_code("import os; os.getcwd()").text == repr(environment["HOME"])
 
 
+@pytest.mark.needs("environment")
 def test_code_finds_the_interpreter_it_runs_in_on_its_path(shared_sandbox: Sandbox) -> None:
     result = shared_sandbox.run_code(
         "import os, shutil, sys; os.path.samefile(shutil.which('python'), sys.executable)"
@@ -138,6 +154,7 @@ def test_code_finds_the_interpreter_it_runs_in_on_its_path(shared_sandbox: Sandb
     assert result.text == "True"
 
 
+@pytest.mark.needs("magics")
 def test_the_user_namespace_is_as_in_a_fresh_notebook(sandbox: Sandbox) -> None:
     names = sandbox.run_code("sorted(n for n in globals() if not n.startswith('_'))").text
     assert names == "['In', 'Out', 'exit', 'get_ipython', 'open', 'quit']"
@@ -148,7 +165,7 @@ def test_the_user_namespace_is_as_in_a_fresh_notebook(sandbox: Sandbox) -> None:
 def test_max_lifetime_ends_it(make_sandbox: MakeSandbox, runtime_folder: Path) -> None:
     before = set(runtime_folder.iterdir())
     sandbox = make_sandbox(config=SandboxConfig(max_lifetime=1.0))
-    result = sandbox.run_code("import time; time.sleep(60)")
+    result = sandbox.run_code(BUSY)
 
     assert result.status == "interrupted"
     assert result.error is not None
@@ -170,7 +187,7 @@ def test_ctrl_c_while_it_is_terminated_does_not_keep_it_from_ending(
     assert main_thread is not None
     before = set(runtime_folder.iterdir())
     for delay in (0.0005, 0.001, 0.002, 0.004):
-        sandbox = Sandbox.create(variant, isolation="none")
+        sandbox = create("blocking", variant, **UNISOLATED.get(variant, {}))
         timer = threading.Timer(delay, signal.pthread_kill, (main_thread, signal.SIGINT))
         try:
             timer.start()
@@ -200,10 +217,23 @@ def test_capabilities_say_what_can_be_done_and_why_not_the_rest(shared_sandbox: 
     capabilities = shared_sandbox.capabilities
 
     assert capabilities == Sandbox.capabilities_of(shared_sandbox.variant)
-    assert {"python", "python3", "bash"} <= set(capabilities.languages)
+    assert {"python", "python3"} <= set(capabilities.languages)
     assert capabilities.contexts
+    assert str(capabilities.contexts) == "yes"
     assert not capabilities.network_none
-    assert str(capabilities.network_none).startswith("no: that takes isolation")
+    assert str(capabilities.network_none).startswith("no: ")
+
+
+def test_local_jupyter_and_local_eval_say_how_they_differ() -> None:
+    kernel = Sandbox.capabilities_of("local-jupyter")
+    here = Sandbox.capabilities_of("local-eval")
+
+    assert {"bash", "python", "python3"} <= set(kernel.languages)
+    assert set(here.languages) == {"python", "python3"}
+    differ = {
+        name for name in Capabilities.__slots__ if bool(getattr(kernel, name)) != bool(getattr(here, name))
+    }
+    assert differ == {"own_process", "environment", "magics", "interrupt_blocked"}
 
 
 # Programs

@@ -13,13 +13,16 @@ from code_sandboxes import ContextNotFoundError, Sandbox, SandboxConfig
 from conftest import open_descriptors
 
 KERNELS = r"bash, .*python, python3"
+REFUSED = "SandboxConfigurationError"
+HERE = "the code runs in this process, with all that this process may do; use local-jupyter"
+PROCESS_WIDE = "that would hold for this whole process, in which the code runs; use local-jupyter"
 NEEDS_ISOLATION = "that takes isolation, and it has only a process of its own yet"
 
 AT_CREATE: list[tuple[dict[str, object], str, str]] = [
     (
         {"variant": "local-jupiter"},
         "ValueError",
-        r"no sandbox variant 'local-jupiter' \(known: local-jupyter\)",
+        r"no sandbox variant 'local-jupiter' \(known: local-eval, local-jupyter\)",
     ),
     (
         {"colour": "red"},
@@ -107,6 +110,34 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
         "SandboxConfigurationError",
         "max_output must be a positive number of bytes, not 0",
     ),
+    *(
+        ({"variant": "local-eval", **settings}, kind, f"local-eval {sentence}")
+        for settings, kind, sentence in (
+            ({"isolation": "none"}, "TypeError", r"has no option 'isolation' \(known: none\)"),
+            ({"memory": 512}, REFUSED, rf"cannot limit the memory \(memory_limit=536870912\): {HERE}"),
+            ({"cpu": 2.0}, REFUSED, rf"cannot limit the CPUs \(cpu_limit=2.0\): {HERE}"),
+            ({"gpu": "T4"}, REFUSED, rf"cannot choose a GPU \(gpu='T4'\): {HERE}"),
+            ({"environment": "e"}, REFUSED, rf"cannot provide an environment \(environment='e'\): {HERE}"),
+            ({"network_policy": "none"}, REFUSED, f"cannot enforce network_policy='none': {HERE}"),
+            ({"network_policy": "allowlist"}, REFUSED, f"cannot enforce network_policy='allowlist': {HERE}"),
+            ({"env": {"A": "1"}}, REFUSED, rf"cannot set environment variables \(A\): {PROCESS_WIDE}"),
+            (
+                {"config": SandboxConfig(working_dir="/tmp")},
+                REFUSED,
+                f"cannot start in the working directory '/tmp': {PROCESS_WIDE}",
+            ),
+            (
+                {"config": SandboxConfig(idle_timeout=5)},
+                REFUSED,
+                "cannot enforce idle_timeout: nothing watches idle kernels yet; use max_lifetime",
+            ),
+            (
+                {"snapshot_name": "mine"},
+                REFUSED,
+                "cannot restore the snapshot 'mine': it cannot make any yet",
+            ),
+        )
+    ),
 ]
 
 
@@ -115,7 +146,8 @@ def test_what_cannot_be_honoured_is_refused_at_create(
     runtime_folder: Path, settings: dict[str, object], kind: str, sentence: str
 ) -> None:
     before = set(runtime_folder.iterdir()), open_descriptors()
-    arguments: dict[str, object] = {"variant": "local-jupyter", "isolation": "none"} | settings
+    chosen = {} if "variant" in settings else {"variant": "local-jupyter", "isolation": "none"}
+    arguments: dict[str, object] = {**chosen, **settings}
     with pytest.raises(Exception, match=f"^{sentence}$") as caught:
         Sandbox.create(**arguments)  # type: ignore[arg-type]  # on purpose
 
@@ -141,11 +173,6 @@ def test_secrets_do_not_show_in_the_representation_of_a_config() -> None:
         ({"timeout": "1"}, TypeError, "timeout must be a number of seconds, not str"),
         ({"timeout": True}, TypeError, "timeout must be a number of seconds, not bool"),
         ({"language": 5}, TypeError, "language must be a str, not int"),
-        (
-            {"language": "cobol"},
-            ValueError,
-            rf"no kernel for the language 'cobol' \(installed: {KERNELS}.*\)",
-        ),
         ({"context": "nope"}, LookupError, r"no context 'nope' in this sandbox \(known: default\)"),
         ({"on_stdout": "print"}, TypeError, "on_stdout must be a function, not str"),
     ],
@@ -156,6 +183,22 @@ def test_a_bad_argument_of_a_run_is_refused_and_the_sandbox_goes_on(
     with pytest.raises(kind, match=f"^{sentence}$"):
         shared_sandbox.run_code(**({"code": "1"} | arguments))  # type: ignore[arg-type]  # on purpose
     assert shared_sandbox.run_code("1 + 1").text == "2"
+
+
+UNKNOWN_LANGUAGE = {
+    "local-eval": "local-eval only supports Python, not the language 'cobol'",
+    "local-jupyter": rf"no kernel for the language 'cobol' \(installed: {KERNELS}.*\)",
+}
+
+
+def test_an_unknown_language_is_refused_and_the_known_ones_named(
+    shared_sandbox: Sandbox, variant: str
+) -> None:
+    sentence = UNKNOWN_LANGUAGE[variant]
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        shared_sandbox.run_code("1", language="cobol")
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        shared_sandbox.create_context(language="cobol")
 
 
 def test_a_kernel_that_dies_at_start_is_told_with_what_it_said(
@@ -193,6 +236,7 @@ def test_a_kernel_that_never_answers_is_given_up_and_killed(
     )
 
 
+@pytest.mark.needs("languages.bash")
 def test_a_kernelspec_that_is_no_json_does_not_harm_the_others(
     install_kernel: Callable[..., str], tmp_path: Path, shared_sandbox: Sandbox
 ) -> None:

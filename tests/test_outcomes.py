@@ -21,12 +21,9 @@ from code_sandboxes import (
     SandboxNotStartedError,
     SandboxTimeoutError,
 )
-from conftest import MakeSandbox
+from conftest import BUSY, MakeSandbox
 
 EVERY_FRONT = True
-
-# Goes on for a minute, and can be interrupted on every variant: it waits for no longer than a moment.
-BUSY = "for _ in range(6000): __import__('time').sleep(0.01)"
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ ENDINGS = {
         waits=True,
     ),
     "time-out, swallowed": Ending(
-        "import time\nwhile True:\n    try:\n        while True: time.sleep(0.01)\n    except KeyboardInterrupt: pass",
+        f"while True:\n    try:\n        {BUSY}\n    except KeyboardInterrupt: pass",
         "timed_out",
         "TimeoutError",
         exit_code=-9,
@@ -267,9 +264,7 @@ def test_interrupt_when_nothing_runs_says_so_and_harms_nothing(shared_sandbox: S
 
 def test_code_that_handles_the_interrupt_decides_how_it_ends(sandbox: Sandbox) -> None:
     threading.Timer(0.3, sandbox.interrupt).start()
-    result = sandbox.run_code(
-        f"try:\n    {BUSY}\nexcept KeyboardInterrupt: print('cleaned up')\n'done'"
-    )
+    result = sandbox.run_code(f"try:\n    {BUSY}\nexcept KeyboardInterrupt: print('cleaned up')\n'done'")
 
     assert (result.status, result.stdout, result.text) == ("ok", "cleaned up", "'done'")
 

@@ -88,7 +88,7 @@ class LocalEval(Variant):
         return 256 * 1024**2
 
     def kernel_name(self, language: str | None) -> str:
-        if language is not None and language not in _PYTHON:
+        if language is not None and language.lower() not in _PYTHON:
             raise ValueError(f"local-eval only supports Python, not the language {language!r}")
         return "python3"
 
