@@ -14,11 +14,12 @@ from benchmarks.imports import measure_imports
 from benchmarks.life import measure_fresh_program, measure_life
 from benchmarks.output import measure_latency, measure_throughput
 from benchmarks.peer_environment import PEER, PeerMissingError, start_peer
-from benchmarks.roundtrip import measure_kernel, measure_round_trip
+from benchmarks.roundtrip import measure_eval, measure_kernel, measure_round_trip
 from benchmarks.scale import FULL, QUICK, Scale
 
 _SECTIONS: dict[str, Callable[[Scale, bool], None]] = {
     "roundtrip": lambda scale, peer: measure_round_trip(scale, peer=peer),
+    "eval": lambda scale, peer: measure_eval(scale, peer=peer),
     "kernel": lambda scale, _: measure_kernel(scale),
     "life": lambda scale, peer: measure_life(scale, peer=peer),
     "fresh": lambda scale, peer: measure_fresh_program(scale, peer=peer),

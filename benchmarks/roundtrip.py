@@ -10,7 +10,7 @@ from benchmarks.rounds import Samples, Turn, interleave
 from benchmarks.scale import Scale
 from benchmarks.table import Goal, print_table
 
-__all__ = ["measure_kernel", "measure_round_trip"]
+__all__ = ["measure_eval", "measure_kernel", "measure_round_trip"]
 
 _OURS = "ours"
 _AGAIN = "ours again (the noise: 1.0 is right)"
@@ -18,6 +18,10 @@ _SAME_KERNEL = "minimal client, same kernel process"
 _TWIN_KERNEL = "minimal client, own kernel, same launcher"
 _STOCK_KERNEL = "minimal client, stock kernel"
 _JUPYTER_CLIENT = "jupyter_client, stock kernel"
+
+_EVAL = "local-eval"
+_PEER_EVAL = "code-sandboxes 1.10.0 (eval: no time-out, nothing live)"
+_SHELL = "IPython's InteractiveShell.run_cell(), no thread, no message"
 
 _GOALS = {
     _SAME_KERNEL: Goal(1.15),
@@ -46,6 +50,21 @@ def measure_round_trip(scale: Scale, *, peer: bool) -> None:
             contestants[PEER].ask("create")
         samples = _alternate(contestants, "1+1", scale)
     print_table('run_code("1+1")', samples, goals=_GOALS)
+
+
+def measure_eval(scale: Scale, *, peer: bool) -> None:
+    """``run_code("1+1")`` in the program's own process."""
+    with ExitStack() as running:
+        contestants = {
+            _EVAL: _created(running, "ours", "local-eval"),
+            "local-jupyter": _created(running, "ours"),
+            _SHELL: _created(running, "shell"),
+        }
+        if peer:
+            contestants[_PEER_EVAL] = running.enter_context(start_peer())
+            contestants[_PEER_EVAL].ask("create", "eval")
+        samples = _alternate(contestants, "1+1", scale)
+    print_table('run_code("1+1") in local-eval', samples, goals={_EVAL: Goal(0.0003, of_ratio=False)})
 
 
 def measure_kernel(scale: Scale) -> None:

@@ -1,4 +1,4 @@
-"""code-sandboxes 1.10.0 from PyPI, in its own environment: its local Jupyter variant, ``jupyter-server``.
+"""code-sandboxes 1.10.0 from PyPI, in its own environment: ``jupyter-server`` and ``eval``, its local variants.
 
 mypy reads it against the package of this tree; the few names it uses are in both.
 """
@@ -19,10 +19,10 @@ class Peer:
     def __init__(self) -> None:
         self._sandbox: Sandbox | None = None
 
-    def create(self) -> list[float]:
+    def create(self, variant: str = "jupyter-server") -> list[float]:
         """Seconds from ``create()`` to its first result."""
         began = time.perf_counter()
-        self._sandbox = Sandbox.create(variant="jupyter-server")
+        self._sandbox = Sandbox.create(variant=variant)
         try:
             self._sandbox.start()
         except BaseException:
