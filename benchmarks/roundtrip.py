@@ -20,7 +20,7 @@ _STOCK_KERNEL = "minimal client, stock kernel"
 _JUPYTER_CLIENT = "jupyter_client, stock kernel"
 
 _EVAL = "local-eval"
-_PEER_EVAL = "code-sandboxes 1.10.0 (eval: no time-out, nothing live)"
+_PEER_EVAL = "code-sandboxes 1.10.0 (eval)"
 _SHELL = "IPython's InteractiveShell.run_cell(), no thread, no message"
 
 _GOALS = {

@@ -1,4 +1,4 @@
-"""code-sandboxes 1.10.0 from PyPI, in its own environment: ``jupyter-server`` and ``eval``, its local variants.
+"""code-sandboxes 1.10.0 from PyPI, in its own environment: its ``jupyter-server`` and its ``eval``.
 
 mypy reads it against the package of this tree; the few names it uses are in both.
 """

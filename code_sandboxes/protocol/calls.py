@@ -87,6 +87,7 @@ class Execution:
         self._interrupt_asked = False
         self._timed_out: TimedOut | None = None
         self._end: Event | None = None
+        self._status: ExecutionStatus | None = None
         self._state_preserved = True
         self._output_dropped = False
 
@@ -152,6 +153,7 @@ class Execution:
 
     def _finish(self, event: Event, now: float) -> list[Shown]:
         self._end = event
+        self._status = self._how_it_ended()
         self.done = True
         self._completed_at = now + self._to_epoch
         if isinstance(event, (Died, Terminated)):
@@ -175,6 +177,10 @@ class Execution:
     @property
     def status(self) -> ExecutionStatus:
         """How it ended; only to be asked when :attr:`done`."""
+        assert self._status is not None
+        return self._status
+
+    def _how_it_ended(self) -> ExecutionStatus:
         end = self._end
         if isinstance(end, NotRun):
             return ExecutionStatus.ABORTED

@@ -151,6 +151,7 @@ def test_an_update_changes_the_results_of_an_earlier_run_in_place(
     assert [result.text for result in seen] == ["new", "other", "new"]
     assert earlier.results is seen
     assert results(later.shown) == ["new"]
+    client.receives(kernel.reply(to=later.request), kernel.status("idle", to=later.request))
     assert len(later.execution.result().results) == 0
 
 
