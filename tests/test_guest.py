@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ipykernel import kernelbase
 from ipykernel.iostream import OutStream
 from ipykernel.kernelapp import IPKernelApp
 from ipykernel.kernelbase import Kernel
@@ -21,6 +22,9 @@ def test_ipykernel_still_has_what_the_launcher_changes() -> None:
     for name in ("flush_interval", "flush", "_flush", "write", "_schedule_flush"):
         assert hasattr(OutStream, name)
     assert hasattr(IPKernelApp, "init_iopub")
+    assert hasattr(Kernel, "pre_handler_hook")
+    assert hasattr(Kernel, "post_handler_hook")
+    assert hasattr(kernelbase, "default_int_handler")
     assert "_execute_sleep" in Kernel.class_trait_names(config=True)
 
 
@@ -32,6 +36,19 @@ def test_the_kernel_is_tuned(shared_sandbox: Sandbox) -> None:
     )
 
     assert result.stdout == "0.0 0.005 False 0"
+
+
+def test_an_interrupt_that_the_interpreter_drops_comes_again(sandbox: Sandbox) -> None:
+    result = sandbox.run_code(
+        "kept = 1\nimport time\n"
+        "class Slow:\n    def __del__(self):\n"
+        "        print('on')\n        end = time.time() + 0.5\n        while time.time() < end: pass\n"
+        "Slow()\nwhile True: pass",
+        on_stdout=lambda _: sandbox.interrupt(),
+    )
+
+    assert (result.status, result.stderr, result.state_preserved) == ("interrupted", "", True)
+    assert sandbox.run_code("kept").text == "1"
 
 
 def test_an_interrupt_that_reaches_the_event_loop_does_not_end_the_kernel(sandbox: Sandbox) -> None:

@@ -6,18 +6,20 @@ is guarded: on an ipykernel that does not have what it changes, that version's o
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import faulthandler
 import gc
 import importlib.util
 import json
 import os
+import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, cast
 
 # Seconds that ipykernel waits for more text before it publishes; 0.2 by default.
@@ -159,6 +161,76 @@ def survive_interrupts(application: Any) -> None:
     application.start = start_to_stay
 
 
+def interrupt_only_code(kernelbase: Any) -> None:
+    """Raise an interrupt in the user's code, never in the lines of IPython around it, and do not lose it.
+
+    There it can leave IPython's traps half set, and all later cells without a result; and what is raised in
+    a callback of the interpreter's own (``__del__()``, a weak reference) is dropped. Such an interrupt comes
+    again a moment later, until it meets the code or the request is over: as SIGURG, which is ignored where
+    nobody waits for it, so that no SIGINT can reach a later request.
+    """
+    request = 0
+    wanted: int | None = None  # the request that is to be interrupted
+    main_thread = _thread.get_ident()
+    hook_before, hook_after = kernelbase.Kernel.pre_handler_hook, kernelbase.Kernel.post_handler_hook
+    report = sys.unraisablehook
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal wanted
+        wanted = request
+        interrupt_if_wanted(signum, frame)
+
+    def interrupt_if_wanted(signum: int, frame: FrameType | None) -> None:
+        nonlocal wanted
+        if wanted != request:
+            return
+        if not is_of_code(frame):
+            _thread.start_new_thread(come_again, (request,))
+            return
+        wanted = None
+        raise KeyboardInterrupt
+
+    def come_again(meant_for: int) -> None:
+        time.sleep(0.001)
+        if meant_for == request:
+            # Where another thread received it, the one that runs the code would not be told to look.
+            signal.pthread_kill(main_thread, signal.SIGURG)
+
+    def report_or_come_again(unraisable: Any) -> None:
+        nonlocal wanted
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            wanted = request
+            _thread.start_new_thread(come_again, (request,))
+        else:
+            report(unraisable)
+
+    def before(self: Any) -> None:
+        nonlocal request
+        request += 1
+        hook_before(self)
+
+    def after(self: Any) -> None:
+        nonlocal request
+        request += 1
+        hook_after(self)
+
+    kernelbase.default_int_handler = interrupt
+    kernelbase.Kernel.pre_handler_hook, kernelbase.Kernel.post_handler_hook = before, after
+    sys.unraisablehook = report_or_come_again
+    signal.signal(signal.SIGURG, interrupt_if_wanted)
+
+
+def is_of_code(frame: FrameType | None) -> bool:
+    """Does *frame*, or one that called it, work on the user's variables?"""
+    from IPython.core.getipython import get_ipython
+
+    shell: Any = get_ipython()
+    variables = None if shell is None else shell.user_module.__dict__
+    while frame is not None and frame.f_globals is not variables:
+        frame = frame.f_back
+    return frame is not None
+
+
 def journal_beside(connection_file: str) -> Callable[[int, str], None] | None:
     """Records in the file ``journal`` beside *connection_file*, if the host has made one."""
     path = os.path.join(os.path.dirname(connection_file), "journal")
@@ -259,6 +331,11 @@ def main() -> None:
     kernelapp = import_kernelapp()
     exit_like_python()
     survive_interrupts(kernelapp.IPKernelApp)
+    from ipykernel import kernelbase
+
+    hooks = all(hasattr(kernelbase.Kernel, f"{when}_handler_hook") for when in ("pre", "post"))
+    if hooks and hasattr(signal, "SIGURG"):
+        interrupt_only_code(kernelbase)
     if hasattr(kernelapp.IPKernelApp, "init_iopub"):
         publish_everything(kernelapp.IPKernelApp)
     publish_sooner(sys.argv[sys.argv.index("-f") + 1] if "-f" in sys.argv[:-1] else "")
