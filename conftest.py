@@ -29,6 +29,12 @@ UNISOLATED: dict[str, dict[str, object]] = {SandboxVariant.LOCAL_JUPYTER: {"isol
 # Goes on for a minute, and can be interrupted on every variant: it never waits for long.
 BUSY = "for _ in range(6000): __import__('time').sleep(0.01)"
 
+# The same, and waiting in the system where that can be interrupted.
+BUSY_OR_WAITING = [
+    pytest.param(BUSY, id="busy"),
+    pytest.param("import time; time.sleep(60)", id="waiting", marks=pytest.mark.needs("interrupt_blocked")),
+]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

@@ -21,7 +21,7 @@ from code_sandboxes import (
     Sandbox,
     SandboxNotStartedError,
 )
-from conftest import BUSY, UNISOLATED
+from conftest import BUSY, BUSY_OR_WAITING, UNISOLATED
 
 Body = Callable[[AsyncSandbox], Awaitable[None]]
 Start = Callable[..., Any]  # what AsyncSandbox.create() gives
@@ -161,13 +161,14 @@ def test_a_callback_may_not_wait_for_its_own_run(with_sandbox: WithSandbox) -> N
     with_sandbox(body)
 
 
+@pytest.mark.parametrize("code", BUSY_OR_WAITING)
 def test_a_cancelled_run_is_interrupted_and_the_kernel_is_ready_for_the_next(
-    with_sandbox: WithSandbox,
+    with_sandbox: WithSandbox, code: str
 ) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         before = time.monotonic()
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(sandbox.run_code(f"x = 1\n{BUSY}", timeout=0), 0.5)
+            await asyncio.wait_for(sandbox.run_code(f"x = 1\n{code}", timeout=0), 0.5)
         assert time.monotonic() - before < 5
         result = await sandbox.run_code("x")
         assert (result.status, result.text, result.state_preserved) == ("ok", "1", True)

@@ -21,7 +21,7 @@ from code_sandboxes import (
     SandboxNotStartedError,
     SandboxTimeoutError,
 )
-from conftest import BUSY, MakeSandbox
+from conftest import BUSY, BUSY_OR_WAITING, MakeSandbox
 
 EVERY_FRONT = True
 
@@ -239,9 +239,10 @@ def test_interrupt_while_the_kernel_is_starting_again_takes_the_run_out(sandbox:
     assert sandbox.run_code("1").text == "1"
 
 
-def test_interrupt_from_another_thread_keeps_the_variables(sandbox: Sandbox) -> None:
+@pytest.mark.parametrize("code", BUSY_OR_WAITING)
+def test_interrupt_from_another_thread_keeps_the_variables(sandbox: Sandbox, code: str) -> None:
     threading.Timer(0.3, sandbox.interrupt).start()
-    result = sandbox.run_code(f"x = 1\nprint('on')\n{BUSY}")
+    result = sandbox.run_code(f"x = 1\nprint('on')\n{code}")
 
     assert result.status == "interrupted"
     assert result.stdout == "on"
@@ -375,12 +376,13 @@ def test_raise_for_status_of_a_death_is_a_connection_error(sandbox: Sandbox) -> 
         sandbox.run_code("import os; os._exit(3)").raise_for_status()
 
 
-def test_ctrl_c_in_the_program_interrupts_the_code_and_is_raised(sandbox: Sandbox) -> None:
+@pytest.mark.parametrize("code", BUSY_OR_WAITING)
+def test_ctrl_c_in_the_program_interrupts_the_code_and_is_raised(sandbox: Sandbox, code: str) -> None:
     main_thread = threading.main_thread().ident
     assert main_thread is not None
     threading.Timer(0.5, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        sandbox.run_code(f"x = 1\n{BUSY}")
+        sandbox.run_code(f"x = 1\n{code}")
 
     assert sandbox.is_executing is False
     assert sandbox.run_code("x").text == "1"
