@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+import numbers
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -55,14 +56,32 @@ def as_sent(bundle: Bundle) -> dict[str, object]:
     """*bundle* as it would come over a wire: nothing in it can change any more, or run code where it is read.
 
     Raises:
-        TypeError: something in it is no JSON.
+        TypeError: something in it is no JSON, and nothing that ipykernel makes JSON of.
     """
-    return {str.__str__(key): _sent(value) for key, value in bundle.items()}
+    return {_text(key): _sent(value) for key, value in bundle.items()}
 
 
 def _sent(value: object) -> object:
     if isinstance(value, str):
-        return str.__str__(value)
+        return _text(value)
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
-    return json.loads(json.dumps(value))
+    # JSON has neither NaN nor infinity: ipykernel sends Python's names for them.
+    return json.loads(json.dumps(value, default=_nearly_json), parse_constant=lambda name: repr(float(name)))
+
+
+def _nearly_json(value: object) -> object:
+    """As jupyter_client has it, with which ipykernel sends; numpy's numbers and arrays are among these."""
+    if isinstance(value, bytes):
+        return _sent(value)
+    if isinstance(value, Iterable):
+        return list(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"an object of type {type(value).__name__} is no JSON")
+
+
+def _text(value: object) -> str:
+    return str.__str__(value if isinstance(value, str) else str(value))
