@@ -10,12 +10,13 @@ what was asked for meanwhile is raised when it opens again.
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
-__all__ = ["Abandoned", "Gate", "Interrupted", "uninterrupted"]
+__all__ = ["Abandoned", "Gate", "Interrupted", "look_no_more", "uninterrupted"]
 
 T = TypeVar("T")
 
@@ -26,10 +27,10 @@ _set_async_exc.argtypes = (ctypes.c_ulong, ctypes.py_object)
 _here = threading.local()
 
 
-def _note_arrival() -> None:
+def _note_arrival(kind: type[BaseException]) -> None:
     gate: Gate | None = getattr(_here, "gate", None)
-    if gate is not None:
-        gate._arrived = True
+    if gate is not None and gate._pending is kind:
+        gate._pending = None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -37,10 +38,11 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
-        _note_arrival()  # the interpreter makes the instance before any handler of the code runs
+        _note_arrival(Interrupted)  # the interpreter makes the instance before any handler of the code runs
 
 
 Interrupted.__name__ = Interrupted.__qualname__ = "KeyboardInterrupt"
+Interrupted.__module__ = "builtins"
 
 
 class Abandoned(SystemExit):
@@ -48,7 +50,7 @@ class Abandoned(SystemExit):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
-        _note_arrival()
+        _note_arrival(Abandoned)
 
 
 class Gate:
@@ -61,50 +63,66 @@ class Gate:
         self._lock = threading.Lock()
         self._thread = 0
         self._shut = 1  # how many have shut it; only 0 lets anything through
-        self._wanted: type[BaseException] | None = None
-        self._sent: type[BaseException] | None = None
-        self._arrived = False
+        self._wanted: type[BaseException] | None = None  # asked for while it was shut
+        self._pending: type[BaseException] | None = None  # sent, and not seen yet
+        self._sent = False  # there may be one on its way
         self._over = False
         self.nudge: Callable[[], object] = _nothing
         """Called when something is asked for while the gate is shut; wakes whoever waits there."""
 
+    @property
+    def is_under_way(self) -> bool:
+        """Something was sent, and the code has not seen it yet."""
+        return self._pending is not None and not self._over
+
+    @property
+    def is_wanted(self) -> bool:
+        """Something was asked for while the gate was shut."""
+        return self._wanted is not None
+
     def interrupt(self, kind: type[BaseException] = Interrupted) -> None:
         """Raise *kind* in the code, now, or when it comes to run (again); from any thread."""
         with self._lock:
-            if self._over:
+            under_way = (self._wanted, self._pending)
+            if self._over or kind in under_way or Abandoned in under_way:
                 return
             if self._shut:
                 self._wanted = kind
                 self.nudge()
-            elif self._sent is not kind or self._arrived:
-                self._sent, self._arrived = kind, False
+            else:
+                self._pending, self._sent = kind, True
                 _set_async_exc(self._thread, kind)
 
     def call(self, code: Callable[[], T]) -> T:
         """Call *code*, which may be interrupted; when this returns or raises, nothing can arrive any more."""
         self._thread = threading.get_ident()
         _here.gate = self
+        watchers = sys.gettrace(), sys.getprofile()
         value: T | _Nothing = _NOTHING
-        error: BaseException | None = None
+        raised: list[BaseException] = []
         try:
             try:
-                self._open()
-                value = code()
-            except BaseException as raised:  # whatever it is, it is what became of the code
-                error = raised
-            self._close()
-        except BaseException as late:  # it arrived between the end of the code and here; there is but one
-            if error is None and value is _NOTHING:
-                error = late
-            self._close()
-        self._over = True
+                try:
+                    self._open()
+                    value = code()
+                except BaseException as error:  # whatever it is, it is what became of the code
+                    raised.append(error)
+                self._end()
+            except BaseException as late:  # it was on its way when the code ended
+                # At once, since the interpreter looks for the next one at every call: then there is but one.
+                with self._lock:
+                    self._over = True
+                raised.append(late)
+                self._end()
+        except BaseException as last:
+            raised.append(last)
         _here.gate = None
-        if error is not None:
+        _watched_by(watchers)
+        if isinstance(value, _Nothing):
             try:
-                raise error
+                raise raised[0]
             finally:
-                del error  # it refers to this frame
-        assert not isinstance(value, _Nothing)
+                raised.clear()  # they refer to this frame
         return value
 
     def __enter__(self) -> None:
@@ -124,7 +142,7 @@ class Gate:
             wanted, self._wanted = self._wanted, None
             self._shut = 0
             if wanted is not None:
-                self._sent = wanted
+                self._pending = wanted
         if wanted is not None:
             raise wanted
 
@@ -132,29 +150,88 @@ class Gate:
         try:
             with self._lock:
                 self._shut = 1
-            if self._sent is not None and not self._arrived:
+            if self._sent:
                 self._let_it_arrive()
         except BaseException:  # it arrived, and nothing of ours has happened yet
             self._shut = 0
+            self._open()  # what was asked for in between takes its place
             raise
 
+    def _end(self) -> None:
+        _unwatched()  # whom the code has set
+        with self._lock:
+            self._over = True
+        if self._sent:
+            self._let_it_arrive()
+
     def _let_it_arrive(self) -> None:
-        for _ in range(100):  # a jump backwards is where the interpreter looks for it
-            pass
-        # Not there: the interpreter has forgotten to look (two threads were sent one at once), or C code of
-        # somebody's has dropped it.
-        _set_async_exc(self._thread, ctypes.py_object())
-        if self._sent is not None and not self._arrived:
-            raise self._sent
+        _look_for_it()
+        if self._pending is not None:
+            # The interpreter has forgotten to look (two threads were sent one at once), or C code of
+            # somebody's has dropped it.
+            _set_async_exc(self._thread, self._pending)
+            _look_for_it()
+        self._sent = False
 
 
-def uninterrupted() -> AbstractContextManager[object]:
-    """What code of ours enters that the code of a user may have called: it is not interrupted in there."""
+def _look_for_it() -> None:
+    for _ in range(100):  # a jump backwards is where the interpreter looks for it
+        pass
+
+
+class _Seen(BaseException):
+    """Sent to oneself, to be dropped."""
+
+
+def look_no_more() -> None:
+    """Let the threads of this process go on as if nothing were on its way to any of them.
+
+    Before CPython 3.13 they all look for it, at every call, as long as it waits for its thread to come out of
+    C: that takes time, and in 3.11 a thread that is being traced (by a debugger, for coverage) never gets
+    beyond the look. Whoever sees one of their own ends that for all. What is still on its way is found all
+    the same when the threads take turns, or by the gate.
+    """
+    if sys.version_info >= (3, 13):
+        return
+    try:
+        _set_async_exc(threading.get_ident(), _Seen)
+        _look_for_it()
+    except _Seen:
+        return
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What code of ours enters that the code of a user may have called: it is not interrupted in there.
+
+    Nor is it watched (:func:`sys.settrace`): whoever watches runs code of theirs between lines of ours, which
+    hold locks.
+    """
     gate: Gate | None = getattr(_here, "gate", None)
-    return _NO_GATE if gate is None else gate
+    watchers = _unwatched()
+    try:
+        if gate is None:
+            yield
+        else:
+            with gate:
+                yield
+    finally:
+        _watched_by(watchers)
 
 
-_NO_GATE = nullcontext()
+def _unwatched() -> tuple[Any, Any]:
+    """From now on nobody watches this thread; gives those who did."""
+    watchers = sys.gettrace(), sys.getprofile()
+    _watched_by((None, None))
+    return watchers
+
+
+def _watched_by(watchers: tuple[Any, Any]) -> None:
+    trace, profile = watchers
+    if sys.gettrace() is not trace:
+        sys.settrace(trace)
+    if sys.getprofile() is not profile:
+        sys.setprofile(profile)
 
 
 class _Nothing:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from code_sandboxes.inprocess.actor import Actor
 from code_sandboxes.inprocess.cells import compile_cell, failure_content, forget_source, remember_source
 from code_sandboxes.inprocess.display import as_sent, bundle_of
-from code_sandboxes.inprocess.gate import Abandoned, Gate, Interrupted, uninterrupted
+from code_sandboxes.inprocess.gate import Abandoned, Gate, Interrupted, look_no_more, uninterrupted
 from code_sandboxes.inprocess.output import Output
 from code_sandboxes.inprocess.stage import Performance, acting
 from code_sandboxes.protocol.events import Streamed
@@ -42,9 +42,14 @@ _CANCELLATION = 0.1
 
 _FAREWELL = 5.0
 
+_LOOK_AGAIN = 0.05
+
 
 class StdinNotImplementedError(NotImplementedError):
     """Nobody answers; Jupyter's name for it."""
+
+
+StdinNotImplementedError.__module__ = "builtins"  # code may see it, and its traceback names it
 
 
 class _Run:
@@ -61,6 +66,15 @@ class _Run:
     @property
     def header(self) -> Mapping[str, object]:
         return self.request.header
+
+    @property
+    def source(self) -> str:
+        return str(self.request.content.get("code"))
+
+    @property
+    def is_stored(self) -> bool:
+        """It counts; as in IPython, a cell of nothing does not."""
+        return self.is_set("store_history", True) and bool(self.source.strip())
 
     def is_set(self, key: str, default: bool) -> bool:
         """A switch of the request."""
@@ -157,18 +171,31 @@ class InProcessKernel:
         if run is None:
             return
         if run.waiting is None:
-            run.gate.interrupt()
+            self._send(run, Interrupted)
             return
         with contextlib.suppress(RuntimeError):  # the code has closed its event loop
             run.waiting[0].call_soon_threadsafe(run.cancel)
         assert self._loop is not None
-        self._loop.call_later(_CANCELLATION, lambda: None if run.cancelled else run.gate.interrupt())
+        self._loop.call_later(_CANCELLATION, lambda: None if run.cancelled else self._send(run, Interrupted))
+
+    def _send(self, run: _Run, kind: type[BaseException]) -> None:
+        assert self._loop is not None
+        run.gate.interrupt(kind)
+        self._loop.call_later(_LOOK_AGAIN, lambda: self._mind(run))
+
+    def _mind(self, run: _Run) -> None:
+        """While the code is in C, nobody else is to suffer; and when it is back, it is to notice."""
+        assert self._loop is not None
+        if run.gate.is_under_way:
+            look_no_more()
+            if not self._abandoned:
+                self._loop.call_later(_LOOK_AGAIN, lambda: self._mind(run))
 
     def terminate(self) -> None:
         with self._lock:
             run = self._run
         if run is not None:
-            run.gate.interrupt(Abandoned)
+            self._send(run, Abandoned)
         self._runs.put(None)
 
     def kill(self) -> None:
@@ -177,7 +204,7 @@ class InProcessKernel:
         with self._lock:
             run = self._run
         if run is not None:
-            run.gate.interrupt(Abandoned)
+            self._send(run, Abandoned)
             run.end_performance()
         self._runs.put(None)
         self._end()
@@ -208,10 +235,14 @@ class InProcessKernel:
         run = self._run if threading.current_thread() is self._thread else None
         if run is None or not run.is_set("allow_stdin", True):
             raise StdinNotImplementedError("the code asked for input, and nobody answers (on_input= does)")
-        run.gate.nudge = lambda: self._answers.put(None)
+        answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._answers = answers  # a new one: what still comes for an earlier question is nobody's
+        run.gate.nudge = lambda: answers.put(None)
+        if run.gate.is_wanted:  # since before there was a nudge
+            answers.put(None)
         content = {"prompt": prompt, "password": password}
         self._said.say("stdin", "input_request", content, run.header)
-        answer = self._answers.get()
+        answer = answers.get()
         run.gate.nudge = lambda: None
         return "" if answer is None else answer  # None: it is interrupted as soon as the gate opens
 
@@ -232,8 +263,8 @@ class InProcessKernel:
         run = _Run(request, self._execution_count + 1)
         self._said.say("iopub", "status", {"execution_state": "busy"}, request.header, wake=False)
         if executes and not run.is_set("silent", False):
-            self._execution_count += run.is_set("store_history", True)
-            content = {"code": request.content.get("code"), "execution_count": run.execution_count}
+            self._execution_count += run.is_stored
+            content = {"code": run.source, "execution_count": run.execution_count}
             self._said.say("iopub", "execute_input", content, request.header, wake=False)
         self._run = run
         return run
@@ -264,7 +295,7 @@ class InProcessKernel:
         if os.getpid() != self._pid:
             _end_child(failure)
         run.end_performance()
-        ended = {"execution_count": run.execution_count, "user_expressions": {}, "payload": []}
+        ended = {"execution_count": self._execution_count, "user_expressions": {}, "payload": []}
         if failure is None:
             return {"status": "ok", **ended}
         self._said.say("iopub", "error", failure, run.header, wake=False)
@@ -278,7 +309,7 @@ class InProcessKernel:
         return None
 
     def _run_cell(self, run: _Run) -> None:
-        source, filename = str(run.request.content.get("code")), self._filename(run)
+        source, filename = run.source, self._filename(run)
         remember_source(filename, source)
         statements, shown = compile_cell(source, filename)
         if statements is not None:
@@ -322,7 +353,7 @@ class InProcessKernel:
         if not data:
             return
         content = {
-            "execution_count": run.execution_count,
+            "execution_count": self._execution_count,
             "data": as_sent(data),
             "metadata": as_sent(metadata),
         }
