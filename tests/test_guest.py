@@ -38,19 +38,6 @@ def test_the_kernel_is_tuned(shared_sandbox: Sandbox) -> None:
     assert result.stdout == "0.0 0.005 False 0"
 
 
-def test_an_interrupt_that_the_interpreter_drops_comes_again(sandbox: Sandbox) -> None:
-    result = sandbox.run_code(
-        "kept = 1\nimport time\n"
-        "class Slow:\n    def __del__(self):\n"
-        "        print('on')\n        end = time.time() + 0.5\n        while time.time() < end: pass\n"
-        "Slow()\nwhile True: pass",
-        on_stdout=lambda _: sandbox.interrupt(),
-    )
-
-    assert (result.status, result.stderr, result.state_preserved) == ("interrupted", "", True)
-    assert sandbox.run_code("kept").text == "1"
-
-
 def test_an_interrupt_that_reaches_the_event_loop_does_not_end_the_kernel(sandbox: Sandbox) -> None:
     result = sandbox.run_code(
         "kept = 1\n"

@@ -251,6 +251,19 @@ def test_interrupt_from_another_thread_keeps_the_variables(sandbox: Sandbox, cod
     assert sandbox.run_code("x").text == "1"
 
 
+def test_an_interrupt_that_the_interpreter_drops_comes_again(sandbox: Sandbox) -> None:
+    result = sandbox.run_code(
+        "kept = 1\nimport time\n"
+        "class Slow:\n    def __del__(self):\n"
+        "        print('on')\n        end = time.time() + 0.5\n        while time.time() < end: pass\n"
+        "Slow()\nwhile True: pass",
+        on_stdout=lambda _: sandbox.interrupt(),
+    )
+
+    assert (result.status, result.stderr, result.state_preserved) == ("interrupted", "", True)
+    assert sandbox.run_code("kept").text == "1"
+
+
 def test_interrupt_of_an_awaiting_cell(sandbox: Sandbox) -> None:
     threading.Timer(0.3, sandbox.interrupt).start()
     result = sandbox.run_code("import asyncio; await asyncio.sleep(60)")

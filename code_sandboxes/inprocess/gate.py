@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-__all__ = ["Abandoned", "Gate", "Interrupted", "look_no_more", "uninterrupted"]
+__all__ = ["Abandoned", "Gate", "Interrupted", "look_no_more", "uninterrupted", "was_dropped"]
 
 T = TypeVar("T")
 
 # An item of pythonapi is a function object of our own, an attribute would be everybody's.
 _set_async_exc = ctypes.pythonapi["PyThreadState_SetAsyncExc"]
 _set_async_exc.argtypes = (ctypes.c_ulong, ctypes.py_object)
+
+_A_LITTLE = 0.001  # seconds
 
 _here = threading.local()
 
@@ -198,6 +200,16 @@ def look_no_more() -> None:
         _look_for_it()
     except _Seen:
         return
+
+
+def was_dropped(kind: type[BaseException]) -> bool:
+    """*kind* was raised where the interpreter drops it (``__del__()``): if it is ours, it comes once more."""
+    gate: Gate | None = getattr(_here, "gate", None)
+    if gate is None or not issubclass(kind, (Interrupted, Abandoned)):
+        return False
+    with uninterrupted():  # a little later: here it would be dropped again
+        threading.Timer(_A_LITTLE, gate.interrupt, (kind,)).start()
+    return True
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from code_sandboxes.forks import in_forked_child
+from code_sandboxes.inprocess.gate import was_dropped
 
 if TYPE_CHECKING:
     from code_sandboxes.inprocess.actor import Actor
@@ -167,6 +168,16 @@ def _let_inherit(thread: threading.Thread, who: Actor) -> None:
     thread.run = inheriting_run  # type: ignore[method-assign]  # the thread is not started yet
 
 
+def _patient_unraisablehook(_: str, original: Any) -> Any:
+    """``sys.unraisablehook()`` that lets no interrupt get lost."""
+
+    def report(unraisable: Any) -> None:
+        if not was_dropped(unraisable.exc_type):
+            original(unraisable)
+
+    return report
+
+
 class _ShowingFinder:
     """Finds IPython's functions as soon as code that is running imports them, and replaces them."""
 
@@ -199,6 +210,7 @@ def _replace_showing(module: ModuleType) -> None:
 _lock = threading.RLock()
 _on: set[Performance] = set()
 _places = [
+    _Place(sys, "unraisablehook", _patient_unraisablehook),
     _Place(threading.Thread, "start", _inheriting_start),
     _Place(getpass, "getpass", _function_stand_in),
 ]
