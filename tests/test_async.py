@@ -191,6 +191,7 @@ def test_a_run_that_is_cancelled_while_it_waits_for_its_turn_is_not_run(with_san
     with_sandbox(body)
 
 
+@pytest.mark.slow
 def test_a_timeout_is_kept_while_a_callback_awaits(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         result = await sandbox.run_code(

@@ -124,6 +124,7 @@ def test_python_by_any_name_is_the_default_context(shared_sandbox: Sandbox, lang
 # Another language
 
 
+@pytest.mark.slow
 @pytest.mark.needs("languages.bash")
 def test_bash_runs_prints_fails_and_keeps_its_state(sandbox: Sandbox) -> None:
     assert sandbox.run_code("x=5; echo out; echo err >&2", language="bash").stdout.splitlines() == [

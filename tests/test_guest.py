@@ -16,6 +16,8 @@ from code_sandboxes import Sandbox
 from code_sandboxes.guest import journal
 from code_sandboxes.guest.launch import publishable
 
+pytestmark = pytest.mark.needs("own_process")
+
 
 def test_ipykernel_still_has_what_the_launcher_changes() -> None:
     """Where it has not, its own behaviour stays, and this test tells."""

@@ -354,6 +354,7 @@ def test_runs_that_wait_for_their_turn_when_the_sandbox_ends_were_not_run(sandbo
     assert results["second"].error.value == "not run: the sandbox ended: it was killed"
 
 
+@pytest.mark.slow
 def test_a_slow_callback_does_not_delay_the_timeout(sandbox: Sandbox) -> None:
     result = sandbox.run_code(
         f"import time\nt = time.time()\nprint('on')\ntry:\n    {BUSY}\nfinally: print(time.time() - t)",

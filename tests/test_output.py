@@ -259,6 +259,7 @@ def test_the_result_of_a_stream_is_there_when_it_is_over(shared_sandbox: Sandbox
         list(stream)
 
 
+@pytest.mark.slow
 def test_a_paused_iterator_does_not_delay_the_timeout(sandbox: Sandbox) -> None:
     stream = sandbox.run_code_streaming(
         f"import time\nt = time.time()\nprint('on')\ntry:\n    {BUSY}\nfinally: print(time.time() - t)",

@@ -147,7 +147,7 @@ class InProcessKernel:
             if self._run is not None:
                 self._requests.append(message)
                 return
-            run = self._begin(message)
+            run = self._begin(message, wake=False)  # the transport looks by itself soon after
         self._runs.put(run)
 
     def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
@@ -257,15 +257,15 @@ class InProcessKernel:
         self._close_event_loop()
         self._end()
 
-    def _begin(self, request: Message) -> _Run:
+    def _begin(self, request: Message, *, wake: bool) -> _Run:
         """It is its turn now."""
         executes = request.msg_type == "execute_request"
         run = _Run(request, self._execution_count + 1)
-        self._said.say("iopub", "status", {"execution_state": "busy"}, request.header, wake=False)
+        self._said.say("iopub", "status", {"execution_state": "busy"}, request.header, wake=wake)
         if executes and not run.is_set("silent", False):
             self._execution_count += run.is_stored
             content = {"code": run.source, "execution_count": run.execution_count}
-            self._said.say("iopub", "execute_input", content, request.header, wake=False)
+            self._said.say("iopub", "execute_input", content, request.header, wake=wake)
         self._run = run
         return run
 
@@ -277,7 +277,7 @@ class InProcessKernel:
         with self._lock:
             self._said.say("iopub", "status", {"execution_state": "idle"}, run.header)
             self._run = None
-            following = self._begin(self._requests.popleft()) if self._requests else None
+            following = self._begin(self._requests.popleft(), wake=True) if self._requests else None
         if following is not None:
             self._runs.put(following)
 
