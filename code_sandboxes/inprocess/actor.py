@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import functools
+import io
 import os
+import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, Protocol
@@ -33,9 +35,9 @@ class Actor:
     def __init__(self, audience: Audience) -> None:
         self._audience = audience
         self._pid = os.getpid()
-        self.stdout = TellingStream("stdout", functools.partial(self._tell, "stdout"))
-        self.stderr = TellingStream("stderr", functools.partial(self._tell, "stderr"))
-        self.stdin = AskingStream(self.input)
+        self.stdout = self.__stdout__ = TellingStream("stdout", functools.partial(self._write, "stdout"))
+        self.stderr = self.__stderr__ = TellingStream("stderr", functools.partial(self._write, "stderr"))
+        self.stdin = self.__stdin__ = AskingStream(self.input)
 
     def namespace(self) -> dict[str, object]:
         """A new one for variables: only its builtins differ from those of any other module."""
@@ -44,18 +46,38 @@ class Actor:
         vars(own).update(print=self._print_function(), input=self._input_function(), display=self.display)
         return {"__name__": "__main__", "__doc__": None, "__builtins__": own}
 
-    def _tell(self, stream: str, text: str) -> None:
+    def _write(self, stream: str, text: str) -> None:
+        """For whoever calls: what code keeps of its streams (a handler of logging) others write to, too."""
+        who = stage.acting.get()
+        if who is not None:
+            who.tell(stream, text)
+        elif (theirs := getattr(sys, stream)) is not None:
+            theirs.write(text)
+
+    def tell(self, stream: str, text: str) -> None:
         with uninterrupted():
             self._audience.hear(stream, text)
 
     def _print_function(self) -> Callable[..., None]:
-        """``print()``, of threads that outlive their run too: there is no stage for them any more."""
+        """``print()``, of threads that outlive their run too: no stage is set for them any more.
+
+        What one call prints stays together, whatever other threads print.
+        """
 
         @functools.wraps(builtins.print)
-        def print(*values: object, file: Any = None, **settings: Any) -> None:
-            if file is None and not stage.is_set() and os.getpid() == self._pid:
+        def print(*values: object, file: Any = None, flush: bool = False, **settings: Any) -> None:
+            if file is None and os.getpid() == self._pid:
                 file = self.stdout
-            builtins.print(*values, file=file, **settings)
+            if not isinstance(file, TellingStream):
+                builtins.print(*values, file=file, flush=flush, **settings)
+                return
+            text = io.StringIO()
+            builtins.print(*values, file=text, **settings)
+            before = stage.acting.set(self)  # a thread that such a thread has started does not inherit it
+            try:
+                file.write(text.getvalue())
+            finally:
+                stage.acting.reset(before)
 
         return print
 

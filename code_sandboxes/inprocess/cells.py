@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import io
 import linecache
 import os
 import traceback
+from collections.abc import Iterable, Iterator
 from types import CodeType
 
 __all__ = ["compile_cell", "failure_content", "forget_source", "remember_source"]
 
 _FLAGS = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-_OURS = os.path.dirname(__file__) + os.sep
+_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
 def compile_cell(source: str, filename: str) -> tuple[CodeType | None, CodeType | None]:
@@ -69,7 +71,8 @@ def _ends_with_semicolon(statement: ast.Expr, source: str) -> bool:
 
 def remember_source(filename: str, source: str) -> None:
     """Let tracebacks and :mod:`inspect` find *source*."""
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    lines = [line + "\n" for line in source.splitlines()]
+    linecache.cache[filename] = (len(source), None, lines, filename)
 
 
 def forget_source(filename: str) -> None:
@@ -101,6 +104,14 @@ def _leave_out_ours(told: traceback.TracebackException) -> None:
     while waiting:
         each = waiting.pop()
         if each is not None:
-            frames = [frame for frame in each.stack if not frame.filename.startswith(_OURS)]
-            each.stack = traceback.StackSummary.from_list(frames)
+            each.stack = traceback.StackSummary.from_list(_theirs(each.stack))
             waiting += [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
+
+
+def _theirs(stack: Iterable[traceback.FrameSummary]) -> Iterator[traceback.FrameSummary]:
+    ours = False
+    for frame in stack:
+        in_between = ours and frame.filename == contextlib.__file__  # for a with of ours
+        ours = frame.filename.startswith(_OURS) or in_between
+        if not ours:
+            yield frame

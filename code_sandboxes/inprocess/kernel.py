@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from inspect import CO_COROUTINE
 from types import CodeType
@@ -312,9 +312,13 @@ class InProcessKernel:
         source, filename = run.source, self._filename(run)
         remember_source(filename, source)
         statements, shown = compile_cell(source, filename)
-        if statements is not None:
-            self._eval(run, statements)
-        value = None if shown is None else self._eval(run, shown)
+        parts = [part for part in (statements, shown) if part is not None]
+        if any(part.co_flags & CO_COROUTINE for part in parts):
+            value = self._await(run, self._eval_awaiting(parts))
+        else:
+            value = None
+            for part in parts:
+                value = eval(part, self._namespace)
         if value is not None and not run.is_set("silent", False):
             self._show(run, value)
 
@@ -325,11 +329,16 @@ class InProcessKernel:
         self._sources.append(filename)
         return filename
 
-    def _eval(self, run: _Run, code: CodeType) -> object:
-        value: Any = eval(code, self._namespace)
-        return self._await(run, value) if code.co_flags & CO_COROUTINE else value
+    async def _eval_awaiting(self, parts: Iterable[CodeType]) -> object:
+        """All of a cell that awaits somewhere: an event loop is running from its first line on."""
+        value: Any = None
+        for part in parts:
+            value = eval(part, self._namespace)
+            if part.co_flags & CO_COROUTINE:
+                value = await value
+        return value
 
-    def _await(self, run: _Run, coroutine: Any) -> object:
+    def _await(self, run: _Run, coroutine: Coroutine[Any, Any, object]) -> object:
         with uninterrupted():
             import asyncio
 

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from code_sandboxes.forks import in_forked_child
-from code_sandboxes.inprocess.gate import was_dropped
+from code_sandboxes.inprocess.gate import uninterrupted, was_dropped
 
 if TYPE_CHECKING:
     from code_sandboxes.inprocess.actor import Actor
@@ -32,7 +32,7 @@ __all__ = ["Performance", "acting", "is_set"]
 acting: ContextVar[Actor | None] = ContextVar("acting", default=None)
 """The kernel, as its code sees it, whose code is running."""
 
-_STREAMS = ("stdin", "stdout", "stderr")
+_STREAMS = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")
 
 # IPython's functions that need an IPython: here they would print, or show in the program's own notebook.
 _SHOWING = "IPython.core.display_functions"
@@ -75,6 +75,11 @@ class _StreamStandIn:
         stream = self._theirs()
         return len(text) if stream is None else stream.write(text)  # None: nobody wants it
 
+    def flush(self) -> None:
+        stream = self._theirs()
+        if stream is not None:
+            stream.flush()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._theirs(), name)
 
@@ -108,6 +113,10 @@ class _Sys(type(sys)):  # type: ignore[misc]  # ModuleType, unless somebody had 
     stdin = _stream_of_caller("stdin")
     stdout = _stream_of_caller("stdout")
     stderr = _stream_of_caller("stderr")
+    # Where code looks for what was there before it has redirected anything.
+    __stdin__ = _stream_of_caller("__stdin__")
+    __stdout__ = _stream_of_caller("__stdout__")
+    __stderr__ = _stream_of_caller("__stderr__")
 
 
 def _behind(stream: object) -> object:
@@ -150,9 +159,14 @@ def _inheriting_start(_: str, original: Any) -> Any:
     @functools.wraps(original)
     def start(thread: threading.Thread) -> None:
         who = acting.get()
-        if who is not None:
-            _let_inherit(thread, who)
-        original(thread)
+        if who is None:
+            original(thread)
+            return
+        _let_inherit(thread, who)
+        # Until a new thread runs, the interpreter knows it under the name of the one that starts it: it could
+        # get the interrupt that is meant for that.
+        with uninterrupted():
+            original(thread)
 
     return start
 
@@ -244,6 +258,7 @@ def _let_go() -> object:
     """The child has the thread that forked, and that alone; what it prints is the program's."""
     global _lock
     _lock = threading.RLock()
+    acting.set(None)
     if _on:
         _on.clear()
         _strike()

@@ -40,6 +40,7 @@ class TellingStream(io.TextIOBase):
     def write(self, text: str) -> int:
         if not isinstance(text, str):
             raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+        text = str.__str__(text)  # and none of a subclass
         self._tell(text)
         return len(text)
 
@@ -58,7 +59,7 @@ class _Bytes(io.RawIOBase):
         return True
 
     def write(self, data: ReadableBuffer) -> int:
-        octets = bytes(data)
+        octets = bytes(memoryview(data))
         self._text.write(self._decoder.decode(octets))
         return len(octets)
 
