@@ -10,8 +10,13 @@ import os
 import traceback
 from collections.abc import Iterable, Iterator
 from types import CodeType
+from typing import Any
 
-__all__ = ["compile_cell", "failure_content", "forget_source", "remember_source"]
+from code_sandboxes.inprocess.gate import Abandoned, Interrupted
+
+__all__ = ["compile_cell", "failure_content", "forget_source", "name_of", "remember_source", "traceback_of"]
+
+_NAME: Any = vars(type)["__name__"]  # that no metaclass has a say in
 
 _FLAGS = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -65,13 +70,17 @@ def _ends_with_semicolon(statement: ast.Expr, source: str) -> bool:
     end_line, end_column = statement.end_lineno, statement.end_col_offset
     assert end_line is not None
     assert end_column is not None
-    lines = io.StringIO(source, newline=None).readlines()
-    return lines[end_line - 1].encode()[end_column:].lstrip().startswith(b";")
+    return _lines_of(source)[end_line - 1].encode()[end_column:].lstrip().startswith(b";")
+
+
+def _lines_of(source: str) -> list[str]:
+    """As the parser counts them; for str.splitlines() there are more ends of lines."""
+    return io.StringIO(source, newline=None).readlines()
 
 
 def remember_source(filename: str, source: str) -> None:
     """Let tracebacks and :mod:`inspect` find *source*."""
-    lines = [line + "\n" for line in source.splitlines()]
+    lines = [line.rstrip("\n") + "\n" for line in _lines_of(source)]
     linecache.cache[filename] = (len(source), None, lines, filename)
 
 
@@ -82,21 +91,30 @@ def forget_source(filename: str) -> None:
 
 def failure_content(error: BaseException) -> dict[str, object]:
     """The content of an ``error`` message; may run code of the exception's own."""
-    name = str.__str__(type(error).__name__)
     try:
         value = str.__str__(str(error))
-    except Exception as broken:
-        value = f"<its __str__() raised {type(broken).__name__}>"
-    return {"ename": name, "evalue": value, "traceback": _traceback(error)}
+    except (Interrupted, Abandoned):
+        raise
+    except BaseException as broken:  # even SystemExit: that is not what became of the code
+        value = f"<its __str__() raised {name_of(broken)}>"
+    return {"ename": name_of(error), "evalue": value, "traceback": traceback_of(error)}
 
 
-def _traceback(error: BaseException) -> list[str]:
+def name_of(error: BaseException) -> str:
+    """The name of its class, whatever the class says."""
+    return str(_NAME.__get__(type(error)))
+
+
+def traceback_of(error: BaseException) -> list[str]:
+    """Its traceback, line by line, without frames of this package; may run code of the exception's own."""
     try:
         told = traceback.TracebackException.from_exception(error)
         _leave_out_ours(told)
         return "".join(told.format()).rstrip("\n").split("\n")
-    except Exception as broken:
-        return [f"(its traceback cannot be shown: {type(broken).__name__})"]
+    except (Interrupted, Abandoned):
+        raise
+    except BaseException as broken:
+        return [f"(its traceback cannot be shown: {name_of(broken)})"]
 
 
 def _leave_out_ours(told: traceback.TracebackException) -> None:

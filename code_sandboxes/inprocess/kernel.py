@@ -20,7 +20,14 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any, Literal
 
 from code_sandboxes.inprocess.actor import Actor
-from code_sandboxes.inprocess.cells import compile_cell, failure_content, forget_source, remember_source
+from code_sandboxes.inprocess.cells import (
+    compile_cell,
+    failure_content,
+    forget_source,
+    name_of,
+    remember_source,
+    traceback_of,
+)
 from code_sandboxes.inprocess.display import as_sent, bundle_of
 from code_sandboxes.inprocess.gate import Abandoned, Gate, Interrupted, look_no_more, uninterrupted
 from code_sandboxes.inprocess.output import Output
@@ -41,6 +48,7 @@ _REMEMBERED = 1000  # cells whose source tracebacks can show
 _CANCELLATION = 0.1
 
 _FAREWELL = 5.0
+_LAST_WORDS = 0.5  # for tasks that do not care to be cancelled
 
 _LOOK_AGAIN = 0.05
 
@@ -80,8 +88,16 @@ class _Run:
         """A switch of the request."""
         return self.request.content.get(key, default) is True
 
-    def cancel(self) -> None:
-        """In the event loop that the code waits in: end its waiting."""
+    def wake(self) -> bool:
+        """End its waiting if it waits in its event loop; False if it does not."""
+        waiting = self.waiting
+        if waiting is None:
+            return False
+        with contextlib.suppress(RuntimeError):  # the code has closed its event loop
+            waiting[0].call_soon_threadsafe(self._cancel)
+        return True
+
+    def _cancel(self) -> None:
         if self.waiting is not None:
             self.cancelled = True
             self.waiting[1].cancel()
@@ -104,7 +120,7 @@ class InProcessKernel:
     )
 
     def __init__(self) -> None:
-        self._id = os.urandom(2).hex()
+        self._id = os.urandom(4).hex()
         self._pid = os.getpid()
         self._said = Output(Session(os.urandom(16).hex(), lambda: datetime.now(timezone.utc).isoformat()))
         self._actor = Actor(self)
@@ -135,8 +151,8 @@ class InProcessKernel:
         self._said.listen(wake)
         self._said.say("iopub", "iopub_welcome", {"subscription": ""}, {})
 
-    def take(self) -> list[Message]:
-        return self._said.take()
+    def take(self, limit: int) -> list[Message]:
+        return self._said.take(limit)
 
     def accept(self, message: Message) -> None:
         if message.channel == "stdin":
@@ -170,11 +186,9 @@ class InProcessKernel:
             run = self._run
         if run is None:
             return
-        if run.waiting is None:
+        if not run.wake():
             self._send(run, Interrupted)
             return
-        with contextlib.suppress(RuntimeError):  # the code has closed its event loop
-            run.waiting[0].call_soon_threadsafe(run.cancel)
         assert self._loop is not None
         self._loop.call_later(_CANCELLATION, lambda: None if run.cancelled else self._send(run, Interrupted))
 
@@ -188,6 +202,7 @@ class InProcessKernel:
         assert self._loop is not None
         if run.gate.is_under_way:
             look_no_more()
+            _wake_event_loop(self._thread)
             if not self._abandoned:
                 self._loop.call_later(_LOOK_AGAIN, lambda: self._mind(run))
 
@@ -196,6 +211,7 @@ class InProcessKernel:
             run = self._run
         if run is not None:
             self._send(run, Abandoned)
+            run.wake()
         self._runs.put(None)
 
     def kill(self) -> None:
@@ -205,6 +221,7 @@ class InProcessKernel:
             run = self._run
         if run is not None:
             self._send(run, Abandoned)
+            run.wake()
             run.end_performance()
         self._runs.put(None)
         self._end()
@@ -226,10 +243,12 @@ class InProcessKernel:
     def hear(self, stream: str, text: str) -> None:
         run = self._run
         self._said.write(stream, text, run.header if run is not None else {})
+        self._said.wait_for_room()
 
     def see(self, msg_type: str, content: Mapping[str, object]) -> None:
         run = self._run
         self._said.say("iopub", msg_type, content, run.header if run is not None else {})
+        self._said.wait_for_room()
 
     def answer(self, prompt: str, *, password: bool) -> str:
         run = self._run if threading.current_thread() is self._thread else None
@@ -250,10 +269,8 @@ class InProcessKernel:
 
     def _work(self) -> None:
         acting.set(self._actor)
-        while (run := self._runs.get()) is not None:
+        while not self._abandoned and (run := self._runs.get()) is not None:
             self._serve(run)
-            if self._abandoned:
-                return
         self._close_event_loop()
         self._end()
 
@@ -291,9 +308,7 @@ class InProcessKernel:
         try:
             failure = run.gate.call(lambda: self._attempt(run))
         except BaseException as error:  # an interrupt, of the kernel's own making, that came between
-            failure = {"ename": type(error).__name__, "evalue": "", "traceback": []}
-        if os.getpid() != self._pid:
-            _end_child(failure)
+            failure = {"ename": name_of(error), "evalue": "", "traceback": []}
         run.end_performance()
         ended = {"execution_count": self._execution_count, "user_expressions": {}, "payload": []}
         if failure is None:
@@ -305,8 +320,23 @@ class InProcessKernel:
         try:
             self._run_cell(run)
         except BaseException as error:  # whatever the code raises is what became of it
+            self._end_if_child(error)
             return failure_content(error)
+        self._end_if_child(None)
         return None
+
+    def _end_if_child(self, error: BaseException | None) -> None:
+        """The code forked, and its child has come to its end here: it is not ours, and has nowhere to go."""
+        if os.getpid() == self._pid:
+            return
+        try:
+            code = _exit_code(error)
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+            os._exit(code)
+        finally:  # it could not even tell why
+            os._exit(1)
 
     def _run_cell(self, run: _Run) -> None:
         source, filename = run.source, self._filename(run)
@@ -354,6 +384,13 @@ class InProcessKernel:
             if run.cancelled:
                 raise Interrupted from None
             raise
+        except Abandoned:
+            raise
+        except BaseException:  # of another task's, mostly: this one is not to go on in a later cell
+            if not task.done() and not loop.is_closed():
+                task.cancel()
+                loop.run_until_complete(asyncio.wait([task]))
+            raise
         finally:
             run.waiting = None
 
@@ -380,7 +417,8 @@ class InProcessKernel:
         for task in tasks:
             task.cancel()
         try:
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            if tasks:
+                loop.run_until_complete(asyncio.wait(tasks, timeout=_LAST_WORDS))
             loop.run_until_complete(loop.shutdown_asyncgens())
         except BaseException:  # the last words of tasks that nobody waits for; the thread ends here
             return
@@ -407,17 +445,25 @@ def _kernel_info() -> Mapping[str, object]:
     }
 
 
-def _end_child(failure: Mapping[str, object] | None) -> None:
-    """The code forked, and its child has come to its end here: it is not ours, and has nowhere to go."""
-    code = 0
-    if failure is not None:
-        code = 1
-        if failure["ename"] == "SystemExit":
-            value = str(failure["evalue"])
-            code = int(value) if value.isdigit() else int(value not in ("", "None"))
-        else:
-            print(*failure["traceback"], sep="\n", file=sys.stderr)  # type: ignore[misc]  # it is a list
-    with contextlib.suppress(Exception):  # as os._exit() does not
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+def _wake_event_loop(thread: threading.Thread) -> None:
+    """If *thread* waits in an event loop that the code runs itself (``asyncio.run()``)."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code.co_name != "run_forever":
+        frame = frame.f_back
+    wake = None if frame is None else getattr(frame.f_locals.get("self"), "call_soon_threadsafe", None)
+    if wake is not None:
+        with contextlib.suppress(RuntimeError):  # it has been closed meanwhile
+            wake(int)
+
+
+def _exit_code(error: BaseException | None) -> int:
+    """What a process ends with; as the interpreter, which would, it prints what it is not told by that."""
+    if error is None:
+        return 0
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return (error.code or 0) & 0xFF
+    if isinstance(error, SystemExit):
+        print(error.code, file=sys.stderr)
+    else:
+        print(*traceback_of(error), sep="\n", file=sys.stderr)
+    return 1

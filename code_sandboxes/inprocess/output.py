@@ -6,6 +6,7 @@ the order is kept; and a thread that prints faster than anybody listens has to w
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from code_sandboxes.protocol.messages import Channel, Message, Session
 __all__ = ["Output"]
 
 _ROOM = 8 * 1024**2  # characters that may wait
+_MESSAGE = 1024  # as how many characters a message counts
 _PATIENCE = 1.0  # seconds a writer waits at most, should nobody listen
 
 
@@ -37,7 +39,8 @@ class Output:
         self._session = session
         self._waiting: deque[Message | _Text] = deque()
         self._size = 0
-        self._lock = threading.Lock()
+        # The garbage collector may come while it is held, and a __del__() print.
+        self._lock = threading.RLock()
         self._has_room = threading.Condition(self._lock)
         self._wake: Callable[[], None] = _nothing
         self._awake = False
@@ -63,9 +66,14 @@ class Output:
             if self._closed:
                 return
             self._waiting.append(message)
+            self._size += _MESSAGE
             rouse = wake and self._must_rouse()
         if rouse:
-            self._wake()
+            try:
+                self._wake()
+            except BaseException:  # a recursion that is too deep, just here: the next one wakes the listener
+                self._awake = False
+                raise
 
     def write(self, name: str, text: str, parent: Mapping[str, object]) -> None:
         """Send *text* in a ``stream`` message of that *name*."""
@@ -82,18 +90,26 @@ class Output:
             self._size += len(text)
             rouse = self._must_rouse()
         if rouse:
-            self._wake()
+            try:
+                self._wake()
+            except BaseException:  # as in say()
+                self._awake = False
+                raise
+
+    def take(self, limit: int = sys.maxsize) -> list[Message]:
+        """What waits, at most *limit* messages; if there are that many, there may be more."""
+        with self._lock:
+            taken = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
+            self._size -= sum(map(_size, taken))
+            self._awake = bool(self._waiting)
+            self._has_room.notify_all()
+        return [self._message(item) for item in taken]
+
+    def wait_for_room(self) -> None:
+        """For who says much: until the listener has taken some of it, but not for ever."""
         if self._size > _ROOM:
             with self._has_room:
                 self._has_room.wait_for(lambda: self._size <= _ROOM, _PATIENCE)
-
-    def take(self) -> list[Message]:
-        """Everything that waits."""
-        with self._lock:
-            waiting, self._waiting = self._waiting, deque()
-            self._size, self._awake = 0, False
-            self._has_room.notify_all()
-        return [self._message(item) for item in waiting]
 
     def close(self) -> None:
         """Drop what waits, and all that comes."""
@@ -113,6 +129,10 @@ class Output:
             return item
         content = {"name": item.name, "text": "".join(item.pieces)}
         return self._session.message("iopub", "stream", content, parent_header=item.parent)
+
+
+def _size(item: Message | _Text) -> int:
+    return _MESSAGE if isinstance(item, Message) else sum(map(len, item.pieces))
 
 
 def _nothing() -> None:

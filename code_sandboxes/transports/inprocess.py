@@ -14,6 +14,8 @@ __all__ = ["InProcessTransport", "Peer"]
 # Seconds that a first message about a request may take if nothing follows it: it costs a change of threads.
 _LATEST = 0.005
 
+_BATCH = 100
+
 
 class Peer(Protocol):
     """The kernel, as far as a transport must know it."""
@@ -24,8 +26,8 @@ class Peer(Protocol):
     def accept(self, message: Message) -> None:
         """Take a request; in the I/O thread, must not block."""
 
-    def take(self) -> list[Message]:
-        """What it has said since the last time."""
+    def take(self, limit: int) -> list[Message]:
+        """What it has said since the last time, at most *limit* messages of it."""
 
 
 class InProcessTransport:
@@ -63,5 +65,8 @@ class InProcessTransport:
             self._late = None
         if not self._open:
             return
-        for message in self._peer.take():
+        messages = self._peer.take(_BATCH)
+        for message in messages:
             self._receive(message)
+        if len(messages) == _BATCH:  # let others have their turn
+            self._loop.call_soon(self._deliver)
