@@ -164,12 +164,12 @@ def test_the_user_namespace_is_as_in_a_fresh_notebook(sandbox: Sandbox) -> None:
 
 def test_max_lifetime_ends_it(make_sandbox: MakeSandbox, runtime_folder: Path) -> None:
     before = set(runtime_folder.iterdir())
-    sandbox = make_sandbox(config=SandboxConfig(max_lifetime=1.0))
+    sandbox = make_sandbox(config=SandboxConfig(max_lifetime=0.5))
     result = sandbox.run_code(BUSY)
 
     assert result.status == "interrupted"
     assert result.error is not None
-    assert result.error.value == "the sandbox ended: it reached its max_lifetime of 1 s"
+    assert result.error.value == "the sandbox ended: it reached its max_lifetime of 0.5 s"
     assert sandbox.status == "stopped"
     _wait_until(lambda: set(runtime_folder.iterdir()) == before)
 

@@ -283,6 +283,7 @@ def test_code_that_handles_the_interrupt_decides_how_it_ends(sandbox: Sandbox) -
     assert (result.status, result.stdout, result.text) == ("ok", "cleaned up", "'done'")
 
 
+@pytest.mark.slow
 def test_code_that_swallows_the_interrupt_is_killed_after_the_grace(make_sandbox: MakeSandbox) -> None:
     sandbox = make_sandbox(config=_with_short_grace())
     threading.Timer(0.3, sandbox.interrupt).start()
