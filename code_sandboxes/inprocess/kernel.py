@@ -67,8 +67,8 @@ class _Run:
         self.request = request
         self.execution_count = execution_count
         self.gate = Gate()
-        self.performance: Performance | None = None
         self.waiting: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+        self.performance: Performance | None = None
         self.cancelled = False
 
     @property
@@ -88,6 +88,10 @@ class _Run:
         """A switch of the request."""
         return self.request.content.get(key, default) is True
 
+    def end_performance(self) -> None:
+        if self.performance is not None:
+            self.performance.end()
+
     def wake(self) -> bool:
         """End its waiting if it waits in its event loop; False if it does not."""
         waiting = self.waiting
@@ -101,10 +105,6 @@ class _Run:
         if self.waiting is not None:
             self.cancelled = True
             self.waiting[1].cancel()
-
-    def end_performance(self) -> None:
-        if self.performance is not None:
-            self.performance.end()
 
 
 class InProcessKernel:
@@ -154,6 +154,10 @@ class InProcessKernel:
     def take(self, limit: int) -> list[Message]:
         return self._said.take(limit)
 
+    @property
+    def has_more(self) -> bool:
+        return self._said.has_more
+
     def accept(self, message: Message) -> None:
         if message.channel == "stdin":
             value = message.content.get("value")
@@ -186,6 +190,7 @@ class InProcessKernel:
             run = self._run
         if run is None:
             return
+        run.cancelled = False
         if not run.wake():
             self._send(run, Interrupted)
             return
@@ -243,12 +248,17 @@ class InProcessKernel:
     def hear(self, stream: str, text: str) -> None:
         run = self._run
         self._said.write(stream, text, run.header if run is not None else {})
-        self._said.wait_for_room()
+        self._wait_for_room()
 
     def see(self, msg_type: str, content: Mapping[str, object]) -> None:
         run = self._run
         self._said.say("iopub", msg_type, content, run.header if run is not None else {})
-        self._said.wait_for_room()
+        self._wait_for_room()
+
+    def _wait_for_room(self) -> None:
+        # The listener itself may be here: the garbage collector calls __del__() in any thread.
+        if self._loop is not None and not self._loop.is_here():
+            self._said.wait_for_room()
 
     def answer(self, prompt: str, *, password: bool) -> str:
         run = self._run if threading.current_thread() is self._thread else None

@@ -97,13 +97,18 @@ class Output:
                 raise
 
     def take(self, limit: int = sys.maxsize) -> list[Message]:
-        """What waits, at most *limit* messages; if there are that many, there may be more."""
+        """What waits, at most *limit* messages; :attr:`has_more` tells whether to come again."""
         with self._lock:
             taken = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
             self._size -= sum(map(_size, taken))
             self._awake = bool(self._waiting)
             self._has_room.notify_all()
         return [self._message(item) for item in taken]
+
+    @property
+    def has_more(self) -> bool:
+        """The listener was not woken for what waits: it is expected to take on."""
+        return self._awake
 
     def wait_for_room(self) -> None:
         """For who says much: until the listener has taken some of it, but not for ever."""

@@ -44,7 +44,6 @@ class Performance:
     """One run that is on: the stage is set as long as there is any."""
 
     def __init__(self) -> None:
-        self._over = False
         with _lock:
             _on.add(self)
             if len(_on) == 1:
@@ -91,17 +90,29 @@ class _StreamStandIn:
 def _stream_of_caller(name: str) -> property:
     def get(module: ModuleType) -> object:
         who = acting.get()
-        return _behind(vars(module)[name]) if who is None else getattr(who, name)
+        if who is not None:
+            return getattr(who, name)
+        if name not in vars(module):
+            raise AttributeError(f"module 'sys' has no attribute {name!r}")
+        return _behind(vars(module)[name])
 
     def set(module: ModuleType, stream: object) -> None:
         who = acting.get()
+        if type(stream) is _StreamStandIn:  # somebody has found it in sys.__dict__, as unittest.mock does
+            stream = stream.original if who is None else getattr(who, f"__{name.strip('_')}__")
         if who is not None:
             setattr(who, name, stream)
             return
         with _lock:
             vars(module)[name] = _StreamStandIn(name, stream) if _on else stream
 
-    return property(get, set)
+    def delete(module: ModuleType) -> None:
+        if acting.get() is not None:
+            raise AttributeError(f"sys.{name} belongs to the whole process, in which the code runs")
+        with _lock:
+            del vars(module)[name]
+
+    return property(get, set, delete)
 
 
 class _Sys(type(sys)):  # type: ignore[misc]  # ModuleType, unless somebody had the same idea
@@ -235,7 +246,7 @@ def _set() -> None:
     if type(sys) is not _Sys:
         setattr(sys, "__class__", _Sys)  # noqa: B010  (mypy: not assignable)
     for name in _STREAMS:
-        vars(sys)[name] = _StreamStandIn(name, vars(sys)[name])
+        vars(sys)[name] = _StreamStandIn(name, vars(sys).get(name))
     for place in _places:
         place.take()
     module = sys.modules.get(_SHOWING)

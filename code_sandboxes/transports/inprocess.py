@@ -29,6 +29,10 @@ class Peer(Protocol):
     def take(self, limit: int) -> list[Message]:
         """What it has said since the last time, at most *limit* messages of it."""
 
+    @property
+    def has_more(self) -> bool:
+        """There is more to take, for which nobody is woken."""
+
 
 class InProcessTransport:
     """One connection to a kernel in this process.
@@ -65,8 +69,7 @@ class InProcessTransport:
             self._late = None
         if not self._open:
             return
-        messages = self._peer.take(_BATCH)
-        for message in messages:
+        for message in self._peer.take(_BATCH):
             self._receive(message)
-        if len(messages) == _BATCH:  # let others have their turn
+        if self._peer.has_more:  # after the others have had their turn
             self._loop.call_soon(self._deliver)

@@ -222,13 +222,12 @@ def test_garbage_that_writes_when_it_is_collected_holds_nobody_up(output: Output
             output.write("stderr", "collected", FIRST)
 
     def write_and_take() -> None:
-        for count in range(1, 200):
-            gc.set_threshold(count)  # the collector comes after that many objects: everywhere, once
+        for more in range(100):
             Garbage()
-            for _ in range(5):
-                output.write("stdout", "written", FIRST)
-                output.say("iopub", "status", {}, FIRST)
-                taken(output)
+            gc.set_threshold(gc.get_count()[0] + more % 10)  # it comes after that many more objects
+            output.write("stdout", "written", FIRST)
+            output.say("iopub", "status", {}, FIRST)
+            taken(output)
 
     before = gc.get_threshold()
     thread = threading.Thread(target=write_and_take, daemon=True)
