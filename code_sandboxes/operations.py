@@ -69,6 +69,10 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Who gives a run up (Ctrl-C, a cancellation) waits so many seconds for its end. It is stopped, by force if
+# need be, whether anybody waits or not, and the next run on its context begins after that.
+_PATIENCE = 1.0
+
 Output = OutputMessage | Result | ExecutionError
 """What a run produces, as its caller sees it."""
 
@@ -468,10 +472,11 @@ class Core:
 def _follow(run: Run, execution: Execution, *, listen: bool) -> Operation[ExecutionResult]:
     """Take the events of *run* until it is done; whatever is raised meanwhile is raised at the end."""
     failure: BaseException | None = None
+    leave_at: float | None = None
     try:
-        while not execution.done:
+        while not execution.done and (leave_at is None or time.monotonic() < leave_at):
             try:
-                shown = yield from _next_shown(execution, run.inbox)
+                shown = yield from _next_shown(execution, run.inbox, leave_at)
                 if failure is None:
                     yield from _tell(run, execution, shown, listen=listen)
             except GeneratorExit:  # nobody drives this any more
@@ -482,6 +487,8 @@ def _follow(run: Run, execution: Execution, *, listen: bool) -> Operation[Execut
                 failure = error
                 if not isinstance(error, _CallbackError):
                     run.kernel.cancel(run)
+                if not isinstance(error, (_CallbackError, LeftEarly)):
+                    leave_at = time.monotonic() + _PATIENCE
             if failure is not None and execution.input_asked is not None:
                 run.kernel.cancel(run)  # nobody will answer any more
     except BaseException:
@@ -503,11 +510,12 @@ class _CallbackError(Exception):
         self.error = error
 
 
-def _next_shown(execution: Execution, inbox: Inbox) -> Operation[list[Shown]]:
+def _next_shown(execution: Execution, inbox: Inbox, until: float | None) -> Operation[list[Shown]]:
     event = inbox.take()
     if event is not None:
         return execution.feed(event, time.monotonic())
-    yield Wait(inbox, execution.next_deadline())
+    deadlines = [when for when in (execution.next_deadline(), until) if when is not None]
+    yield Wait(inbox, min(deadlines, default=None))
     return execution.tick(time.monotonic())
 
 

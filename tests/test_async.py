@@ -176,6 +176,20 @@ def test_a_cancelled_run_is_interrupted_and_the_kernel_is_ready_for_the_next(
     with_sandbox(body)
 
 
+def test_a_cancelled_run_that_does_not_stop_keeps_nobody_waiting(with_sandbox: WithSandbox) -> None:
+    async def body(sandbox: AsyncSandbox) -> None:
+        await sandbox.run_code("x = 1")
+        code = "import time\nwhile True:\n    try: time.sleep(20)\n    except KeyboardInterrupt: pass"
+        before = time.monotonic()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(sandbox.run_code(code, timeout=0), 0.3)
+        assert time.monotonic() - before < 4
+        result = await sandbox.run_code("'x' in globals()")
+        assert (result.status, result.text, result.state_preserved) == ("ok", "False", False)
+
+    with_sandbox(body)
+
+
 def test_a_run_that_is_cancelled_while_it_waits_for_its_turn_is_not_run(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         first = asyncio.create_task(sandbox.run_code("import time; time.sleep(0.5)"))

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 
@@ -242,6 +243,37 @@ def test_streams_that_the_code_leaves_replaced_are_its_own(sandbox: Sandbox) -> 
         assert other.run_code("print('here')").stdout == "here"
     assert sandbox.run_code("print('lost')").stdout == ""
     assert sandbox.run_code("sys.stdout = kept\nprint('back')").stdout == "back"
+
+
+def test_a_stream_that_is_patched_by_way_of_the_dictionary_of_sys_comes_back(sandbox: Sandbox) -> None:
+    patching = (
+        "import io\nfrom unittest import mock\nwith mock.patch('sys.stdout', io.StringIO()): print('lost')"
+    )
+    before = sys.stdout
+    assert sandbox.run_code(patching).stdout == ""
+    assert sandbox.run_code("print('there')").stdout == "there"
+
+    def patch(_: object) -> None:
+        with mock.patch("sys.stdout", io.StringIO()):
+            print("mine")
+
+    for _ in range(2):
+        assert sandbox.run_code("print(1)\nprint(2)", on_stdout=patch).stdout == "1\n2"
+        assert sys.stdout is before
+        assert vars(sys)["stdout"] is before
+
+
+def test_garbage_that_prints_when_it_is_collected_stops_nobody(sandbox: Sandbox) -> None:
+    result = sandbox.run_code(
+        "import gc\ngc.set_threshold(5)\n"
+        "class Garbage:\n    def __init__(self): self.me = self\n    def __del__(self): print('gone')\n"
+        "try:\n    for i in range(5000): Garbage(); print('here')\n"
+        "finally: gc.set_threshold(700)",
+        timeout=60,
+    )
+
+    assert result.status == "ok"
+    assert result.stdout.splitlines().count("here") == 5000
 
 
 def test_a_stream_is_as_much_of_one_as_code_needs(sandbox: Sandbox) -> None:

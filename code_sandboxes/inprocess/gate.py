@@ -12,8 +12,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 __all__ = ["Abandoned", "Gate", "Interrupted", "look_no_more", "uninterrupted", "was_dropped"]
@@ -212,23 +211,29 @@ def was_dropped(kind: type[BaseException]) -> bool:
     return True
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """What code of ours enters that the code of a user may have called: it is not interrupted in there.
+class uninterrupted:
+    """``with uninterrupted():`` is for what code of a user calls of ours: it is not interrupted in there.
 
     Nor is it watched (:func:`sys.settrace`): whoever watches runs code of theirs between lines of ours, which
     hold locks.
     """
-    gate: Gate | None = getattr(_here, "gate", None)
-    watchers = _unwatched()
-    try:
-        if gate is None:
-            yield
-        else:
-            with gate:
-                yield
-    finally:
-        _watched_by(watchers)
+
+    def __enter__(self) -> None:
+        self._gate: Gate | None = getattr(_here, "gate", None)
+        self._watchers = _unwatched()
+        if self._gate is not None:
+            try:
+                self._gate.__enter__()
+            except BaseException:
+                _watched_by(self._watchers)
+                raise
+
+    def __exit__(self, *raised: object) -> None:
+        try:
+            if self._gate is not None:
+                self._gate.__exit__(*raised)
+        finally:
+            _watched_by(self._watchers)
 
 
 def _unwatched() -> tuple[Any, Any]:

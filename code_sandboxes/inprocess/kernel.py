@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from inspect import CO_COROUTINE
 from types import CodeType
@@ -354,7 +354,7 @@ class InProcessKernel:
         statements, shown = compile_cell(source, filename)
         parts = [part for part in (statements, shown) if part is not None]
         if any(part.co_flags & CO_COROUTINE for part in parts):
-            value = self._await(run, self._eval_awaiting(parts))
+            value = self._await(run, parts)
         else:
             value = None
             for part in parts:
@@ -378,17 +378,18 @@ class InProcessKernel:
                 value = await value
         return value
 
-    def _await(self, run: _Run, coroutine: Coroutine[Any, Any, object]) -> object:
+    def _await(self, run: _Run, parts: Iterable[CodeType]) -> object:
         with uninterrupted():
             import asyncio
-
-            if self._event_loop is None or self._event_loop.is_closed():
-                self._event_loop = asyncio.new_event_loop()
-                asyncio.set_event_loop(self._event_loop)
-            loop = self._event_loop
-            task = loop.create_task(coroutine)
-            run.waiting = loop, task
+        task: asyncio.Task[object] | None = None
         try:
+            with uninterrupted():
+                loop = self._event_loop
+                if loop is None or loop.is_closed():
+                    loop = self._event_loop = asyncio.new_event_loop()
+                    asyncio.set_event_loop(loop)
+                task = loop.create_task(self._eval_awaiting(parts))
+                run.waiting = loop, task
             return loop.run_until_complete(task)
         except asyncio.CancelledError:
             if run.cancelled:
@@ -396,8 +397,8 @@ class InProcessKernel:
             raise
         except Abandoned:
             raise
-        except BaseException:  # of another task's, mostly: this one is not to go on in a later cell
-            if not task.done() and not loop.is_closed():
+        except BaseException:  # from outside of the task, mostly: it is not to go on in a later cell
+            if task is not None and not task.done() and not loop.is_closed():
                 task.cancel()
                 loop.run_until_complete(asyncio.wait([task]))
             raise

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import getpass
+import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -203,6 +204,17 @@ def _patient_unraisablehook(_: str, original: Any) -> Any:
     return report
 
 
+def _undisturbed(_: str, original: Any) -> Any:
+    """A function that would keep a lock of the whole program's for ever if it were interrupted."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with uninterrupted():
+            return original(*args, **kwargs)
+
+    return call
+
+
 class _ShowingFinder:
     """Finds IPython's functions as soon as code that is running imports them, and replaces them."""
 
@@ -239,6 +251,11 @@ _places = [
     _Place(threading.Thread, "start", _inheriting_start),
     _Place(getpass, "getpass", _function_stand_in),
 ]
+if sys.version_info < (3, 13):  # from then on it takes its locks by with, which lets go of them in any case
+    _places += [
+        _Place(logging.Handler, "handle", _undisturbed),
+        _Place(logging.Manager, "getLogger", _undisturbed),
+    ]
 _finder = _ShowingFinder()
 
 
