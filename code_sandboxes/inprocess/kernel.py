@@ -369,6 +369,14 @@ class InProcessKernel:
         self._sources.append(filename)
         return filename
 
+    def _open_event_loop(self) -> asyncio.AbstractEventLoop:
+        import asyncio
+
+        if self._event_loop is None or self._event_loop.is_closed():
+            self._event_loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self._event_loop)
+        return self._event_loop
+
     async def _eval_awaiting(self, parts: Iterable[CodeType]) -> object:
         """All of a cell that awaits somewhere: an event loop is running from its first line on."""
         value: Any = None
@@ -384,10 +392,7 @@ class InProcessKernel:
         task: asyncio.Task[object] | None = None
         try:
             with uninterrupted():
-                loop = self._event_loop
-                if loop is None or loop.is_closed():
-                    loop = self._event_loop = asyncio.new_event_loop()
-                    asyncio.set_event_loop(loop)
+                loop = self._open_event_loop()
                 task = loop.create_task(self._eval_awaiting(parts))
                 run.waiting = loop, task
             return loop.run_until_complete(task)

@@ -18,7 +18,7 @@ from code_sandboxes.protocol.messages import Channel, Message, Session
 __all__ = ["Output"]
 
 _ROOM = 8 * 1024**2  # characters that may wait
-_MESSAGE = 1024  # as how many characters a message counts
+_MESSAGE = 16 * 1024  # as how many characters a message counts: taking 500 of them takes a moment
 _PATIENCE = 1.0  # seconds a writer waits at most, should nobody listen
 
 

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from code_sandboxes import ExecutionResult, Sandbox
-from tests.inprocess.test_local_eval import after_all
 
 ROUNDS = 60
 
 END = Callable[[Sandbox, str], ExecutionResult]
+
+
+@contextlib.contextmanager
+def after_all() -> Iterator[None]:
+    """What is done here leaves no trace in the program: neither streams nor threads."""
+    threads, streams = set(threading.enumerate()), _streams()
+    yield
+    end = time.monotonic() + 30
+    while any(t.name == "code_sandboxes-eval" for t in set(threading.enumerate()) - threads):
+        assert time.monotonic() < end, "a thread of the code is left"
+        time.sleep(0.01)
+    assert _streams() == streams
+
+
+def _streams() -> list[object]:
+    return [vars(sys)[name] for name in ("stdin", "stdout", "stderr", "__stdout__")]
 
 
 @pytest.fixture
