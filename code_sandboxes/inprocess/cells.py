@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import io
 import linecache
 import os
 import traceback
-from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -19,6 +17,10 @@ __all__ = ["compile_cell", "failure_content", "forget_source", "name_of", "remem
 _NAME: Any = vars(type)["__name__"]  # that no metaclass has a say in
 
 _FLAGS = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+# CPython up to 3.11.7 loses count if another thread comes in between ("AST constructor recursion depth
+# mismatch", gh-106905).
+_ATTEMPTS = 10
+
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 
@@ -58,7 +60,13 @@ def _parse(source: str, filename: str) -> ast.Module:
 
 
 def _parse_exactly(source: str, filename: str) -> ast.Module:
-    tree = compile(source, filename, "exec", _FLAGS | ast.PyCF_ONLY_AST, dont_inherit=True)
+    for attempt in range(_ATTEMPTS):
+        try:
+            tree = compile(source, filename, "exec", _FLAGS | ast.PyCF_ONLY_AST, dont_inherit=True)
+            break
+        except SystemError:
+            if attempt == _ATTEMPTS - 1:
+                raise
     assert isinstance(tree, ast.Module)
     return tree
 
@@ -122,14 +130,6 @@ def _leave_out_ours(told: traceback.TracebackException) -> None:
     while waiting:
         each = waiting.pop()
         if each is not None:
-            each.stack = traceback.StackSummary.from_list(_theirs(each.stack))
+            frames = [frame for frame in each.stack if not frame.filename.startswith(_OURS)]
+            each.stack = traceback.StackSummary.from_list(frames)
             waiting += [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
-
-
-def _theirs(stack: Iterable[traceback.FrameSummary]) -> Iterator[traceback.FrameSummary]:
-    ours = False
-    for frame in stack:
-        in_between = ours and frame.filename == contextlib.__file__  # for a with of ours
-        ours = frame.filename.startswith(_OURS) or in_between
-        if not ours:
-            yield frame
