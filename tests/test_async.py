@@ -176,6 +176,7 @@ def test_a_cancelled_run_is_interrupted_and_the_kernel_is_ready_for_the_next(
     with_sandbox(body)
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_that_does_not_stop_keeps_nobody_waiting(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         await sandbox.run_code("x = 1")
@@ -267,13 +268,13 @@ def test_aclosing_a_stream_waits_until_the_code_has_stopped(with_sandbox: WithSa
 
 
 def test_the_event_loop_misses_no_tick_while_20_runs_proceed(with_sandbox: WithSandbox) -> None:
-    async def body(sandbox: AsyncSandbox) -> None:
+    async def late_ticks(sandbox: AsyncSandbox) -> int:
         loop = asyncio.get_running_loop()
         late: list[float] = []
 
         def tick(due: float) -> None:
             late.append(loop.time() - due)
-            ticks.append(loop.call_at(due + 0.02, tick, due + 0.02))
+            ticks.append(loop.call_later(0.02, tick, loop.time() + 0.02))
 
         ticks = [loop.call_later(0, tick, loop.time())]
         contexts = [await sandbox.create_context() for _ in range(2)]
@@ -285,8 +286,15 @@ def test_the_event_loop_misses_no_tick_while_20_runs_proceed(with_sandbox: WithS
         )
         ticks[-1].cancel()
         assert [result.text for result in results] == [str(i) for i in range(20)]
-        # Not one is swallowed: nothing of ours held the loop for as long as a tick, many times over.
-        assert sum(lateness > 0.02 for lateness in late) <= len(late) // 20
+        assert len(late) > 10
+        return sum(lateness > 0.02 for lateness in late)
+
+    async def body(sandbox: AsyncSandbox) -> None:
+        # What holds the loop does so each time; a machine that is busy with something else does not.
+        for _ in range(10):
+            if await late_ticks(sandbox) == 0:
+                return
+        pytest.fail("in each of ten rounds the event loop was held for longer than a tick")
 
     with_sandbox(body)
 

@@ -23,8 +23,6 @@ T = TypeVar("T")
 _set_async_exc = ctypes.pythonapi["PyThreadState_SetAsyncExc"]
 _set_async_exc.argtypes = (ctypes.c_ulong, ctypes.py_object)
 
-_A_LITTLE = 0.001  # seconds
-
 _here = threading.local()
 
 
@@ -64,7 +62,7 @@ class Gate:
         self._lock = threading.Lock()
         self._thread = 0
         self._shut = 1  # how many have shut it; only 0 lets anything through
-        self._wanted: type[BaseException] | None = None  # asked for while it was shut
+        self._wanted: type[BaseException] | None = None  # asked for while it was shut, or dropped
         self._pending: type[BaseException] | None = None  # sent, and not seen yet
         self._sent = False  # there may be one on its way
         self._over = False
@@ -78,8 +76,13 @@ class Gate:
 
     @property
     def is_wanted(self) -> bool:
-        """Something was asked for while the gate was shut."""
-        return self._wanted is not None
+        """Something was asked for while the gate was shut, or was dropped, and is still to be sent."""
+        return self._wanted is not None and not self._over
+
+    @property
+    def is_over(self) -> bool:
+        """The code has ended: nothing can be sent any more."""
+        return self._over
 
     def interrupt(self, kind: type[BaseException] = Interrupted) -> None:
         """Raise *kind* in the code, now, or when it comes to run (again); from any thread."""
@@ -91,8 +94,24 @@ class Gate:
                 self._wanted = kind
                 self.nudge()
             else:
-                self._pending, self._sent = kind, True
-                _set_async_exc(self._thread, kind)
+                self._send(kind)
+
+    def interrupt_again(self) -> None:
+        """Raise once more what was dropped, if it was; from any thread."""
+        with self._lock:
+            wanted = self._wanted
+            if wanted is not None and not (self._shut or self._over):
+                self._wanted = None
+                self._send(wanted)
+
+    def dropped(self, kind: type[BaseException]) -> None:
+        """*kind* was raised in vain: it is wanted again, when the gate opens or :meth:`interrupt_again`."""
+        try:
+            with self._lock:
+                if Abandoned not in (self._wanted, self._pending):
+                    self._wanted = kind
+        except (Interrupted, Abandoned) as another:  # just now, and would be dropped too
+            self._wanted = type(another)
 
     def call(self, code: Callable[[], T]) -> T:
         """Call *code*, which may be interrupted; when this returns or raises, nothing can arrive any more."""
@@ -146,6 +165,10 @@ class Gate:
                 self._pending = wanted
         if wanted is not None:
             raise wanted
+
+    def _send(self, kind: type[BaseException]) -> None:
+        self._pending, self._sent = kind, True
+        _set_async_exc(self._thread, kind)
 
     def _close(self) -> None:
         try:
@@ -206,8 +229,7 @@ def was_dropped(kind: type[BaseException]) -> bool:
     gate: Gate | None = getattr(_here, "gate", None)
     if gate is None or not issubclass(kind, (Interrupted, Abandoned)):
         return False
-    with uninterrupted():  # a little later: here it would be dropped again
-        threading.Timer(_A_LITTLE, gate.interrupt, (kind,)).start()
+    gate.dropped(kind)
     return True
 
 

@@ -203,13 +203,15 @@ class InProcessKernel:
         self._loop.call_later(_LOOK_AGAIN, lambda: self._mind(run))
 
     def _mind(self, run: _Run) -> None:
-        """While the code is in C, nobody else is to suffer; and when it is back, it is to notice."""
+        """While the code is in C, nobody else is to suffer; when it is back, it is to notice; and to stop."""
         assert self._loop is not None
+        was_dropped = run.gate.is_wanted
+        run.gate.interrupt_again()
         if run.gate.is_under_way:
             look_no_more()
             _wake_event_loop(self._thread)
-            if not self._abandoned:
-                self._loop.call_later(_LOOK_AGAIN, lambda: self._mind(run))
+        if was_dropped or not (self._abandoned or run.gate.is_over):
+            self._loop.call_later(_LOOK_AGAIN, lambda: self._mind(run))
 
     def terminate(self) -> None:
         with self._lock:

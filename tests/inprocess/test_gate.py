@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pytest
 
 from code_sandboxes.inprocess import gate as gate_module
-from code_sandboxes.inprocess.gate import Abandoned, Gate, Interrupted, uninterrupted
+from code_sandboxes.inprocess.gate import Abandoned, Gate, Interrupted, uninterrupted, was_dropped
 
 T = TypeVar("T")
 
@@ -274,6 +274,64 @@ def test_an_interrupt_that_c_code_has_dropped_is_felt_as_soon_as_something_of_ou
     assert isinstance(ended(gate, code), KeyboardInterrupt)
 
 
+@pytest.mark.parametrize("kind", [Interrupted, Abandoned])
+def test_an_interrupt_that_was_dropped_comes_again_when_something_of_ours_is_called(
+    kind: type[BaseException],
+) -> None:
+    gate = Gate()
+    hooks: list[str] = []
+
+    def code() -> None:
+        assert was_dropped(kind)
+        hooks.append("left in peace")  # here it would be dropped again
+        with uninterrupted():
+            hooks.append("uninterrupted")
+        hooks.append("not reached")
+
+    assert isinstance(ended(gate, code), kind)
+    assert hooks == ["left in peace", "uninterrupted"]
+
+
+def test_an_interrupt_that_was_dropped_comes_again_to_code_that_calls_nothing_of_ours() -> None:
+    gate = Gate()
+    dropped = threading.Event()
+
+    def code() -> None:
+        assert was_dropped(Interrupted)
+        dropped.set()
+        spin()
+
+    def see_to_it() -> None:
+        assert dropped.wait(timeout=30)
+        while not gate.is_over:
+            gate.interrupt_again()
+
+    thread = threading.Thread(target=see_to_it)
+    thread.start()
+    assert isinstance(ended(gate, code), KeyboardInterrupt)
+    thread.join()
+
+
+def test_being_abandoned_is_not_forgotten_for_an_interrupt_that_was_dropped_meanwhile() -> None:
+    gate = Gate()
+
+    def code() -> None:
+        with uninterrupted():
+            gate.interrupt(Abandoned)
+            assert was_dropped(Interrupted)
+
+    assert isinstance(ended(gate, code), Abandoned)
+
+
+def test_nothing_is_taken_for_an_interrupt_of_ours_that_is_none() -> None:
+    def code() -> None:
+        assert not was_dropped(KeyboardInterrupt)
+        assert not was_dropped(ValueError)
+
+    assert ended(Gate(), code) is None
+    assert not was_dropped(Interrupted)  # no gate here
+
+
 def test_an_interrupt_of_the_code_s_own_making_does_not_hide_one_that_is_on_its_way() -> None:
     gate = Gate()
     seen: list[BaseException] = []
@@ -496,6 +554,7 @@ def test_code_that_spins_is_interrupted_wherever_it_is(
     assert race(make_gate, code, interrupter, Interrupted) == {"KeyboardInterrupt": ROUNDS}
 
 
+@pytest.mark.slow
 @GATES
 @pytest.mark.parametrize(("code", "end"), [(returns_soon, "value"), (raises_soon, "ValueError")])
 def test_code_that_ends_by_itself_has_one_outcome(
@@ -506,6 +565,7 @@ def test_code_that_ends_by_itself_has_one_outcome(
     assert set(ended) == {end, "KeyboardInterrupt"}
 
 
+@pytest.mark.slow
 @GATES
 @pytest.mark.parametrize("code", [catches_and_goes_on, catches_and_raises])
 def test_an_interrupt_is_felt_exactly_once(
@@ -516,6 +576,7 @@ def test_an_interrupt_is_felt_exactly_once(
     assert set(ended) == {"1", "KeyboardInterrupt"}  # it may come before the code begins to catch it
 
 
+@pytest.mark.slow
 @GATES
 def test_code_that_was_abandoned_ends_whatever_it_has_caught_before(
     interrupter: Interrupter, make_gate: Callable[[], Gate]
@@ -526,6 +587,7 @@ def test_code_that_was_abandoned_ends_whatever_it_has_caught_before(
     assert ended["Abandoned"] > ROUNDS / 2
 
 
+@pytest.mark.slow
 @GATES
 def test_two_requests_about_the_end_of_the_code_leave_one_outcome(
     interrupter: Interrupter, make_gate: Callable[[], Gate]
@@ -535,6 +597,7 @@ def test_two_requests_about_the_end_of_the_code_leave_one_outcome(
     assert set(ended) <= {"value", "KeyboardInterrupt", "Abandoned"}
 
 
+@pytest.mark.slow
 def test_many_requests_about_the_end_of_the_code_leave_one_outcome(interrupter: Interrupter) -> None:
     ended = race(Gate, returns_soon, interrupter, *[Interrupted] * 3, *[Abandoned] * 3)
 
