@@ -1,24 +1,29 @@
 """What every test shares: the sandbox on every variant, README.md's examples as tests, and a loud end.
 
 A test that asks for ``sandbox`` runs once for each variant that ``--variant`` names (all by default) and that
-can do what the test needs, and in a module that says ``EVERY_FRONT = True`` through each front. One that
-cannot run on this machine is skipped with its reason, and all reasons are told again at the end.
+can do what the test needs, and in a module that says ``EVERY_FRONT = True`` through each front. In a module
+that says ``FAST_VARIANT = "..."`` the other variants are for the whole suite only. One that cannot run here
+is skipped with its reason, and all reasons are told again at the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from code_sandboxes import Capabilities, Sandbox, SandboxVariant
+from code_sandboxes.keeper import client
 from tests.fronts import FRONTS, create
 
 MakeSandbox = Callable[..., Sandbox]
@@ -45,7 +50,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
         chosen = metafunc.config.getoption("--variant") or list(SandboxVariant)
-        metafunc.parametrize("variant", [str(v) for v in chosen], scope="session")
+        fast = getattr(metafunc.module, "FAST_VARIANT", None)
+        slow = {
+            str(v) for v in chosen if fast not in (None, v) and metafunc.config.getoption("--variant") is None
+        }
+        variants = [pytest.param(str(v), marks=(pytest.mark.slow,) if str(v) in slow else ()) for v in chosen]
+        metafunc.parametrize("variant", variants, scope="session")
     if "front" in metafunc.fixturenames:
         fronts: tuple[str, ...] = FRONTS if getattr(metafunc.module, "EVERY_FRONT", False) else FRONTS[:1]
         if metafunc.definition.get_closest_marker("callbacks"):
@@ -85,13 +95,37 @@ def capabilities(variant: str) -> Capabilities:
 
 @pytest.fixture(scope="session", autouse=True)
 def runtime_folder() -> Iterator[Path]:
-    """A runtime folder for these tests alone; at the end it must be empty."""
+    """A runtime folder for these tests alone; at the end nothing must be left but a log."""
     folder = Path(tempfile.mkdtemp(prefix="cs"))
     os.environ["CODE_SANDBOXES_RUNTIME_DIR"] = str(folder)
     yield folder
-    left = sorted(path.name for path in folder.iterdir())
+    assert sandbox_folders(folder) == set(), "sandboxes left something behind"
+    client._LINGER = 0.0  # should somebody still be about to ask something
+    client.the_keeper(folder).close()
+    wait_until(lambda: [path.name for path in folder.iterdir()] in ([], ["keeper.log"]))
     shutil.rmtree(folder)
-    assert left == [], "sandboxes left something behind"
+
+
+def sandbox_folders(runtime_folder: Path) -> set[Path]:
+    """The folders of the sandboxes that there are; other things in it are their keeper's."""
+    return {path for path in runtime_folder.glob("k*-*/*") if path.is_dir()}
+
+
+def processes_of(runtime_folder: Path) -> list[psutil.Process]:
+    """Those whose command line names the folder: its keeper, and every kernel in it."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is none any more
+            if any(str(runtime_folder) in argument for argument in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up, "it did not happen"
+        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from code_sandboxes.errors import (
     SandboxError,
     SandboxExecutionError,
     SandboxIsolationWarning,
+    SandboxNotFoundError,
     SandboxNotStartedError,
     SandboxTimeoutError,
 )
@@ -43,12 +44,14 @@ if TYPE_CHECKING:
         AsyncSandbox,
     )
     from code_sandboxes.config import SandboxConfig
+    from code_sandboxes.pool import AsyncSandboxPool, SandboxPool
 
 __all__ = [
     "AsyncCodeStream",
     "AsyncLocalEvalSandbox",
     "AsyncLocalJupyterSandbox",
     "AsyncSandbox",
+    "AsyncSandboxPool",
     "Capabilities",
     "Capability",
     "CodeError",
@@ -75,7 +78,9 @@ __all__ = [
     "SandboxExecutionError",
     "SandboxInfo",
     "SandboxIsolationWarning",
+    "SandboxNotFoundError",
     "SandboxNotStartedError",
+    "SandboxPool",
     "SandboxStatus",
     "SandboxTimeoutError",
     "SandboxVariant",
@@ -87,7 +92,11 @@ def __getattr__(name: str) -> object:
         from code_sandboxes.config import SandboxConfig
 
         return SandboxConfig
-    if name.startswith("Async") and name in __all__:  # brings asyncio along
+    if name in ("AsyncSandboxPool", "SandboxPool"):  # brings asyncio along
+        from code_sandboxes import pool
+
+        return getattr(pool, name)
+    if name.startswith("Async") and name in __all__:  # so do these
         from code_sandboxes import async_sandbox
 
         return getattr(async_sandbox, name)

@@ -8,6 +8,7 @@ What the blocking front imports on use is imported with this module: on use it w
 from __future__ import annotations
 
 import asyncio
+import builtins
 import contextlib
 import inspect
 import time
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, TypeVar
 import code_sandboxes.config
 import code_sandboxes.variants.eval
 import code_sandboxes.variants.jupyter  # noqa: F401  (see above)
-from code_sandboxes.front import Front, known_variant
+from code_sandboxes.front import Front, finding, known_variant, listing
 from code_sandboxes.inbox import Inbox
-from code_sandboxes.info import SandboxStatus, SandboxVariant
+from code_sandboxes.info import SandboxInfo, SandboxStatus, SandboxVariant
 from code_sandboxes.operations import (
     LEFT,
     SILENT,
@@ -85,7 +86,7 @@ class AsyncSandbox(Front):
         memory: int | None = None,
         env: Mapping[str, str] | None = None,
         network_policy: str | None = None,
-        allowed_hosts: list[str] | None = None,
+        allowed_hosts: builtins.list[str] | None = None,
         tags: Mapping[str, str] | None = None,
         snapshot_name: str | None = None,
         **options: object,
@@ -107,6 +108,23 @@ class AsyncSandbox(Front):
         )
         return _Starting(sandbox)
 
+    @staticmethod
+    @_documented_by(Sandbox.from_id)
+    async def from_id(id: str, **options: object) -> AsyncSandbox:
+        core = await _drive(finding(id, options))
+        return _CLASSES[core.variant.name]._around(core)
+
+    @staticmethod
+    @_documented_by(Sandbox.list)
+    async def list(
+        variant: SandboxVariant | str | None = None, tags: Mapping[str, str] | None = None
+    ) -> builtins.list[SandboxInfo]:
+        return await _drive(listing(variant, tags))
+
+    def __reduce__(self) -> tuple[Callable[[str], AsyncSandbox], tuple[str]]:
+        self._core.check_running()
+        return _from_id, (self.id,)
+
     # Life.
 
     @_documented_by(Sandbox.start)
@@ -123,6 +141,18 @@ class AsyncSandbox(Front):
     @_documented_by(Sandbox.kill)
     async def kill(self) -> bool:
         return await _drive(self._core.terminate(orderly=False, why="it was killed"))
+
+    @_documented_by(Sandbox.detach)
+    async def detach(self) -> None:
+        await _drive(self._core.detach())
+
+    @_documented_by(Sandbox.set_timeout)
+    async def set_timeout(self, seconds: float) -> None:
+        await _drive(self._core.set_timeout(seconds))
+
+    @_documented_by(Sandbox.set_tags)
+    async def set_tags(self, tags: Mapping[str, str]) -> None:
+        await _drive(self._core.set_tags(tags))
 
     @_documented_by(Sandbox.restart)
     async def restart(self) -> None:
@@ -206,7 +236,7 @@ class AsyncSandbox(Front):
         return await _drive(self._core.create_context(name, language=language, cwd=cwd, env=env))
 
     @_documented_by(Sandbox.list_contexts)
-    async def list_contexts(self) -> list[Context]:
+    async def list_contexts(self) -> builtins.list[Context]:
         return self._core.list_contexts()
 
     @_documented_by(Sandbox.restart_context)
@@ -252,6 +282,12 @@ class _Starting:
         traceback: TracebackType | None,
     ) -> None:
         await self._sandbox.terminate()
+
+
+def _from_id(id: str) -> AsyncSandbox:
+    """For pickle, which cannot await: it takes a moment."""
+    core = Sandbox.from_id(id)._core
+    return _CLASSES[core.variant.name]._around(core)
 
 
 class AsyncCodeStream:

@@ -17,9 +17,13 @@ def check_seconds(name: str, value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    if math.isnan(value) or value < 0:
+    try:
+        seconds = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is more seconds than a float holds") from None
+    if math.isnan(seconds) or seconds < 0:
         raise ValueError(f"{name} must be 0 or more seconds, not {value}")
-    return float(value)
+    return seconds
 
 
 def check_number(name: str, value: object, unit: str) -> None:

@@ -5,8 +5,9 @@
     SandboxError
      +-- SandboxConfigurationError   (ValueError)       a setting cannot be honoured
      +-- SandboxNotStartedError      (RuntimeError)     used before start() or after the end
+     +-- SandboxNotFoundError        (LookupError)      no sandbox of that id
      +-- SandboxConnectionError      (ConnectionError)  a kernel could not be started, or was lost
-     +-- SandboxTimeoutError         (TimeoutError)     a run took longer than its timeout
+     +-- SandboxTimeoutError         (TimeoutError)     a run took longer than its timeout, or a pool had none
      +-- SandboxExecutionError       (RuntimeError)     the code of a run failed
      +-- ContextNotFoundError        (LookupError)      no context of that name or id
 
@@ -29,6 +30,7 @@ __all__ = [
     "SandboxError",
     "SandboxExecutionError",
     "SandboxIsolationWarning",
+    "SandboxNotFoundError",
     "SandboxNotStartedError",
     "SandboxTimeoutError",
 ]
@@ -46,6 +48,10 @@ class SandboxNotStartedError(SandboxError, RuntimeError):
     """The sandbox is not running: it was not started yet, or it has ended."""
 
 
+class SandboxNotFoundError(SandboxError, LookupError):
+    """There is no sandbox of that id that this user could reach: it has ended, or never was."""
+
+
 class _RunError(SandboxError):
     """A run that did not succeed; *result* is all it produced."""
 
@@ -59,7 +65,7 @@ class SandboxConnectionError(_RunError, ConnectionError):
 
 
 class SandboxTimeoutError(_RunError, TimeoutError):
-    """A run took longer than its timeout and was interrupted."""
+    """A run took longer than its timeout and was interrupted; or a pool had no sandbox ready in time."""
 
 
 class SandboxExecutionError(_RunError, RuntimeError):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from code_sandboxes.checks import check_number, check_str, check_str_mapping
 from code_sandboxes.info import Capabilities, ResourceConfig, SandboxInfo, SandboxStatus, SandboxVariant
-from code_sandboxes.operations import Core
+from code_sandboxes.operations import Core, Operation, find, find_all
 from code_sandboxes.results import Logs
-from code_sandboxes.variants.base import Variant
+from code_sandboxes.variants.base import Record, Variant
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
-__all__ = ["Front", "known_variant"]
+__all__ = ["Front", "finding", "info_of", "known_variant", "listing", "variant_class"]
+
+FrontT = TypeVar("FrontT", bound="Front")
 
 _MIB = 1024**2
 
@@ -24,6 +28,7 @@ class Front:
     """A sandbox without the methods that wait."""
 
     _variant: ClassVar[SandboxVariant]
+    _core: Core
 
     def __init__(
         self,
@@ -63,7 +68,7 @@ class Front:
             "allowed_hosts": allowed_hosts,
         }
         settings = (config or SandboxConfig()).replace(changes)
-        variant = _variant_class(self._variant)(settings, options)
+        variant = variant_class(self._variant)(settings, options)
         if snapshot_name is not None:
             raise variant.refuse(f"restore the snapshot {snapshot_name!r}", "it cannot make any yet")
         self._core = Core(variant, settings, name, check_str_mapping("tags", tags))
@@ -71,7 +76,14 @@ class Front:
     @staticmethod
     def capabilities_of(variant: SandboxVariant | str) -> Capabilities:
         """What *variant* can do on this machine."""
-        return _variant_class(known_variant(variant)).capabilities()
+        return variant_class(known_variant(variant)).capabilities()
+
+    @classmethod
+    def _around(cls: type[FrontT], core: Core) -> FrontT:
+        """A front of this class for a sandbox that is there already."""
+        front = object.__new__(cls)
+        front._core = core
+        return front
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.status}>"
@@ -119,10 +131,6 @@ class Front:
     def tags(self) -> Mapping[str, str]:
         return dict(self._core.tags)
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Replace its tags."""
-        self._core.tags = check_str_mapping("tags", tags)
-
     @property
     def capabilities(self) -> Capabilities:
         """What it can do."""
@@ -132,18 +140,54 @@ class Front:
     def info(self) -> SandboxInfo:
         """What it is now."""
         core = self._core
-        return SandboxInfo(
-            id=core.id,
-            variant=self._variant,
-            status=core.status,
-            created_at=core.created_at,
-            end_at=core.end_at,
-            name=core.name,
-            tags=dict(core.tags),
-            config=core.config,
-            resources=ResourceConfig(core.config.cpu_limit, core.config.memory_limit, core.config.gpu),
-            isolation=core.variant.isolation,
-        )
+        return replace(info_of(self._variant, core.record()), created_at=core.created_at, status=core.status)
+
+
+def info_of(variant: SandboxVariant, record: Record) -> SandboxInfo:
+    """*record* of a running sandbox as users see it."""
+    from code_sandboxes.config import SandboxConfig
+
+    config = SandboxConfig(**record.settings)
+    return SandboxInfo(
+        id=record.id,
+        variant=variant,
+        status=SandboxStatus.RUNNING,
+        created_at=record.created_at,
+        end_at=None if record.time_left is None else time.time() + record.time_left,
+        name=record.name,
+        tags=record.tags,
+        config=config,
+        resources=ResourceConfig(config.cpu_limit, config.memory_limit, config.gpu),
+        isolation=record.isolation,
+        metadata=record.metadata,
+    )
+
+
+def finding(sandbox_id: str, options: Mapping[str, object]) -> Operation[Core]:
+    """Finds the sandbox of that id, which tells its variant.
+
+    Raises:
+        TypeError: it is not a str.
+    """
+    if not isinstance(sandbox_id, str):
+        raise TypeError(f"id must be a str, not {type(sandbox_id).__name__}")
+    prefix = str(sandbox_id).partition(":")[0]
+    return find(
+        variant_class(SandboxVariant(prefix)) if prefix in list(SandboxVariant) else None, sandbox_id, options
+    )
+
+
+def listing(
+    variant: SandboxVariant | str | None, tags: Mapping[str, str] | None
+) -> Operation[list[SandboxInfo]]:
+    """Finds every sandbox of this user that has all *tags*.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    variants = list(SandboxVariant) if variant is None else [known_variant(variant)]
+    found = yield from find_all([variant_class(each) for each in variants], tags)
+    return [info_of(each.name, record) for each, record in found]
 
 
 def known_variant(variant: SandboxVariant | str | None) -> SandboxVariant:
@@ -161,7 +205,7 @@ def known_variant(variant: SandboxVariant | str | None) -> SandboxVariant:
         raise ValueError(f"no sandbox variant {str(variant)!r} (known: {known})") from None
 
 
-def _variant_class(variant: SandboxVariant) -> type[Variant]:
+def variant_class(variant: SandboxVariant) -> type[Variant]:
     # Imported on use: each brings the libraries of its own world along.
     if variant is SandboxVariant.LOCAL_EVAL:
         from code_sandboxes.variants.eval import LocalEval

@@ -26,6 +26,7 @@ class SandboxStatus(Text):
 
     CREATED = "created"  # not started yet
     RUNNING = "running"
+    DETACHED = "detached"  # it goes on, and this program has let go of it
     STOPPED = "stopped"
 
 

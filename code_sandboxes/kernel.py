@@ -32,6 +32,7 @@ from code_sandboxes.protocol.events import (
     KernelReplaced,
     KernelStatus,
     NotRun,
+    OthersRun,
     OutputDropped,
     Replied,
     Started,
@@ -129,6 +130,8 @@ class Kernel:
         self._start_timer: Timer | None = None
         self._last_message = 0.0
         self._restarting = self._dying = self._reconnecting = self._loss_told = False
+        self._claiming = self._leaving = self._others_run = self._too_late = False
+        self._loss_to_tell: Died | None = None
         self._releasing = 0
         self._death_unreported = False
         self._background = Outputs(self.displays, _BACKGROUND_LIMIT)
@@ -165,8 +168,8 @@ class Kernel:
         self._loop.call_soon(lambda: self._answer(run, asked, value))
 
     def interrupt(self) -> bool:
-        """Interrupt the run that is on; False if there was none."""
-        if not self.is_executing:
+        """Interrupt the run that is on, or the one that another program has on; False if there was none."""
+        if not self.is_executing and not self._others_run:
             return False
         self._loop.call_soon(self._interrupt_current)
         return True
@@ -182,6 +185,10 @@ class Kernel:
     def close(self, inbox: Inbox, sentence: str, *, orderly: bool) -> None:
         """End it for good; *inbox* gets :class:`Ended`. Runs are cut short, *sentence* tells them why."""
         self._loop.call_soon(lambda: self._close(inbox, sentence, orderly))
+
+    def leave(self, inbox: Inbox, sentence: str) -> None:
+        """Have no more to do with it, and let it go on; *inbox* gets :class:`Ended`."""
+        self._loop.call_soon(lambda: self._leave(inbox, sentence))
 
     # Start.
 
@@ -201,6 +208,7 @@ class Kernel:
             self._start(inbox)
             return
         self._cut_short(f"{self._name} was restarted")
+        self._loss_to_tell = None
         self._state = _State.STARTING
         self._restarting = True
         self._waiting_for_start.append(inbox)
@@ -208,16 +216,22 @@ class Kernel:
 
     def _launch(self) -> None:
         self._state = _State.STARTING
+        self._too_late = False
         self._loop.run_blocking(self._launch_process, self._launched)
 
     def _launched(self, process: KernelProcess | None, error: Exception | None) -> None:
         if process is None:
-            if not isinstance(error, SandboxError):
+            if not isinstance(error, (SandboxError, ValueError)):
                 error = SandboxConnectionError(f"{self._name} could not be started: {error}")
             self._fail_to_start(error)
             return
+        if self._leaving:
+            process.leave()
+            self._closed()
+            return
         self._process = process
-        self._start_timer = self._loop.call_later(self._limits.start, self._start_took_too_long)
+        if process.is_fresh:  # else it answers when what others run in it is over
+            self._start_timer = self._loop.call_later(self._limits.start, self._start_took_too_long)
         try:
             process.watch(self._loop, self._process_ended)
             if self._closing:
@@ -240,7 +254,7 @@ class Kernel:
         assert self._process is not None
         self._session = _new_session()
         self._router = Router(self._session)
-        self._heard_iopub = self._welcomed = False
+        self._heard_iopub = self._welcomed = self._others_run = False
         self.info = None
         self._transport = self._process.transport(
             self._loop, self._session.session_id, self._receive, self._limits.max_message
@@ -282,7 +296,7 @@ class Kernel:
 
     def _start_took_too_long(self) -> None:
         if self._state is _State.STARTING and self._process is not None:
-            self._start_timer = None
+            self._too_late = True
             self._process.kill()
 
     def _fail_to_start(self, error: Exception) -> None:
@@ -304,12 +318,33 @@ class Kernel:
         self._advance()
 
     def _advance(self) -> None:
-        if self._current is not None or not self._queue or self._dying:
+        if self._current is not None or not self._queue or self._dying or self._claiming:
             return
-        if self._state is _State.READY:
-            self._begin(self._queue.popleft())
+        if self._loss_to_tell is not None:
+            self._tell_of_loss(self._queue.popleft(), self._loss_to_tell)
+        elif self._state is _State.READY:
+            assert self._process is not None
+            self._claiming = True
+            process = self._process
+            process.claim(lambda: self._my_turn(process))
         elif self._state in (_State.NEW, _State.DEAD):
             self._launch()
+
+    def _my_turn(self, process: KernelProcess) -> None:
+        if process is not self._process:  # it died meanwhile
+            return
+        self._claiming = False
+        if self._queue and self._state is _State.READY and not self._dying:
+            self._begin(self._queue.popleft())
+        else:
+            process.rest()
+
+    def _tell_of_loss(self, run: Run, loss: Died) -> None:
+        """Nothing tells it better than a run that was not begun."""
+        self._loss_to_tell = None
+        run.lost_state = True
+        run.inbox.put(loss)
+        self._advance()
 
     def _begin(self, run: Run) -> None:
         self._current = run
@@ -351,6 +386,8 @@ class Kernel:
             self._router.forget(msg_id)
         self._current = None
         run.inbox.put(event)
+        if self._process is not None:
+            self._process.rest()
 
     def _answer(self, run: Run, asked: InputAsked, value: str) -> None:
         if run is not self._current:
@@ -376,6 +413,8 @@ class Kernel:
     def _interrupt_current(self) -> None:
         if self._current is not None:
             self._cancel(self._current)
+        elif self._others_run and self._process is not None:
+            self._process.interrupt()
         elif self._queue:  # its kernel is starting
             self._cancel(self._queue[0])
 
@@ -455,6 +494,8 @@ class Kernel:
         elif isinstance(event, KernelReplaced):
             if self._current is not None:
                 self._current.inbox.put(event)
+        elif isinstance(event, OthersRun):
+            self._others_run = event.is_on
         elif not isinstance(event, KernelStatus):
             now = time.time()
             with self._background_lock:
@@ -537,7 +578,7 @@ class Kernel:
         process, self._process = self._process, None
         if process is None:  # it was given up before it could be watched properly
             return
-        self._dying = False
+        self._dying = self._claiming = self._others_run = False
         if self._state is _State.READY:
             self._recover_output(process)
         self._close_transport()
@@ -548,6 +589,9 @@ class Kernel:
         self._state, self._reconnecting = _State.DEAD, False
         if self._restarting:
             self._restarting = False
+            self._launch()
+        elif not started and not process.is_fresh:  # it had work to do, and variables
+            self._death_unreported = True
             self._launch()
         elif not started:
             self._fail_to_start(self._error_of_start(process))
@@ -564,12 +608,14 @@ class Kernel:
 
     def _died(self, process: KernelProcess) -> None:
         code = process.exit_code()
-        if self._current is None:
+        if self._current is None and process.why_lost:
+            self._loss_to_tell = Died(process.why_lost)
+        elif self._current is None:
             self._death_unreported, self._loss_told = not self._loss_told, False
         else:
             began = self._current.started
             when = "while it ran the code" if began else "before it told that it had begun with the code"
-            sentence = f"the kernel {_how_it_died(code)} {when}"
+            sentence = process.why_lost or f"the kernel {_how_it_died(code)} {when}"
             self._current.lost_state = True
             self._death_unreported = self._current.abandoned
             self._finish(self._current, Died(sentence, code, process.output(), process.how_killed))
@@ -579,10 +625,12 @@ class Kernel:
             self._advance()
 
     def _error_of_start(self, process: KernelProcess) -> SandboxConnectionError:
-        if self._start_timer is None:
+        if process.why_lost:
+            return SandboxConnectionError(f"{self._name} could not be started: {process.why_lost}")
+        _cancel(self._start_timer)
+        if self._too_late:
             what = f"did not answer within {self._limits.start:g} s"
         else:
-            self._start_timer.cancel()
             what = f"{_how_it_died(process.exit_code())} before it answered"
         said = process.output().strip()
         return SandboxConnectionError(
@@ -618,6 +666,19 @@ class Kernel:
             self._end_process(self._process, orderly)
         elif self._state is not _State.STARTING:
             self._closed()
+
+    def _leave(self, inbox: Inbox, sentence: str) -> None:
+        if self._process is None:
+            self._leaving = self._leaving or not self._closing
+            self._close(inbox, sentence, orderly=True)
+            return
+        process, self._process = self._process, None
+        _cancel(self._start_timer)
+        if self._current is not None:
+            self._finish(self._current, ConnectionLost(sentence))
+        process.leave()
+        self._state = _State.DEAD
+        self._close(inbox, sentence, orderly=True)
 
     def _end_process(self, process: KernelProcess, orderly: bool) -> None:
         if orderly:

@@ -64,6 +64,14 @@ class KernelProcess(Protocol):
     def how_killed(self) -> str:
         """What :meth:`kill` does to code that does not stop: the rest of a sentence."""
 
+    @property
+    def is_fresh(self) -> bool:
+        """It was started for this kernel; False if somebody may have used it before."""
+
+    @property
+    def why_lost(self) -> str:
+        """Why nobody knows how it ended: a sentence; empty where that is known."""
+
     def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
         """Call *ended* once, when the process has ended."""
 
@@ -79,11 +87,20 @@ class KernelProcess(Protocol):
     def unpublished(self, published: Sequence[int]) -> list[Streamed]:
         """What it printed beyond the *published* bytes of standard output and error, as far as is known."""
 
+    def claim(self, granted: Callable[[], None]) -> None:
+        """Call *granted* when a run may begin: no other program's is on."""
+
+    def rest(self) -> None:
+        """The run has ended: it is the turn of whoever waits for it."""
+
     def interrupt(self) -> None: ...
 
     def terminate(self) -> None: ...
 
     def kill(self) -> None: ...
+
+    def leave(self) -> None:
+        """Have no more to do with it; it goes on, and *ended* is not called."""
 
     def release(self) -> None:
         """Remove what is left after the end; in a thread of its own, may block."""

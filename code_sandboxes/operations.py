@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from code_sandboxes.checks import check_seconds, check_str, check_str_mapping
 from code_sandboxes.errors import (
     ContextNotFoundError,
     SandboxConnectionError,
+    SandboxError,
+    SandboxNotFoundError,
     SandboxNotStartedError,
 )
 from code_sandboxes.forks import in_forked_child
@@ -42,8 +44,8 @@ from code_sandboxes.results import (
     Result,
 )
 from code_sandboxes.runs import Run
-from code_sandboxes.transports.loop import Loop, Timer, the_loop
-from code_sandboxes.variants.base import Variant
+from code_sandboxes.transports.loop import Loop, the_loop
+from code_sandboxes.variants.base import ContextSpec, Record, Variant
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
@@ -61,6 +63,8 @@ __all__ = [
     "OutputHandler",
     "Step",
     "Wait",
+    "find",
+    "find_all",
     "inside",
     "running_inside",
 ]
@@ -168,13 +172,6 @@ class Handlers:
 SILENT = Handlers()
 
 
-@dataclass(frozen=True, slots=True)
-class _Returned(Event):
-    """What was done in another thread is over; *error* is what it raised."""
-
-    error: Exception | None
-
-
 class _Held:
     """A context and its kernel."""
 
@@ -183,10 +180,18 @@ class _Held:
         self.kernel = kernel
 
 
+@dataclass(frozen=True, slots=True)
+class _Got(Event):
+    """What was asked for in another thread."""
+
+    value: object
+    error: Exception | None
+
+
 class Core:
     """One sandbox without a front: its state, and its operations.
 
-    It belongs to the process that made it.
+    It belongs to the process that made it, or attached to it.
     """
 
     def __init__(
@@ -199,13 +204,13 @@ class Core:
         self.variant = variant
         self.status = SandboxStatus.CREATED
         self.created_at: float | None = None
-        self.end_at: float | None = None
+        self._ends_at: float | None = None  # monotonic: clocks are set
         self._why_ended = ""
         self._must_end = False
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a signal handler may come while this thread has it
         self._contexts: dict[str, _Held] = {}
-        self._lifetime: Timer | None = None
+        self.on_end: list[Callable[[], object]] = []  # called in the I/O thread
 
     # Start and end.
 
@@ -217,74 +222,165 @@ class Core:
                 raise SandboxNotStartedError(f"{self.id} cannot be started: it is {self.status}")
             self.status = SandboxStatus.RUNNING
         _live.add(self)
-        _used.add(type(self.variant))
+        if self.config.max_lifetime:
+            self.rescheduled(self.config.max_lifetime)
+        self.created_at = time.time()
+        record = replace(self.record(), time_left=self.config.max_lifetime or None)
         try:
-            yield from self._prepare()
+            yield from _in_worker(lambda: self.variant.prepare(record, self))
             yield from self._started(self._default_context(None))
         except BaseException:
-            yield from self.terminate(orderly=False, why="its start failed")
-            yield from self._remove()  # it may have been terminated before there was anything
+            try:
+                yield from self.terminate(orderly=False, why="its start failed")
+                yield from self._remove()  # it may have been terminated before there was anything
+            except SandboxError as error:  # why it failed says more
+                _log.error("%s", error)
             raise
-        self.created_at = time.time()
-        self._limit_lifetime()
 
-    def _prepare(self) -> Operation[None]:
-        prepared = Inbox()
-        the_loop().run_blocking(self.variant.prepare, lambda _, error: prepared.put(_Returned(error)))
-        yield from _until_returned(prepared)
-
-    def _limit_lifetime(self) -> None:
-        seconds = self.config.max_lifetime
-        if not seconds:
-            return
-        self.end_at = (self.created_at or time.time()) + seconds
-        why = f"it reached its max_lifetime of {seconds:g} s"
-
-        def expire() -> None:
-            _drive_in_loop(the_loop(), self.terminate(orderly=True, why=why), _log_failure)
-
-        def arm() -> None:
-            self._lifetime = the_loop().call_later(seconds, expire)
-
-        the_loop().call_soon(arm)
+    def _attach(self, record: Record) -> None:
+        """Take up what another program made, or this one in an earlier life."""
+        self.id, self.created_at = record.id, record.created_at
+        self.status = SandboxStatus.RUNNING
+        if record.time_left is not None:
+            self.rescheduled(record.time_left)
+        for spec in record.contexts:
+            self.context_added(spec)
+        _live.add(self)
+        self.variant.listen(self)
 
     def terminate(self, *, orderly: bool, why: str = "it was terminated") -> Operation[bool]:
         """End every kernel and remove everything; returns whether it was running."""
         self._check_process()
+        return (yield from self._stop(SandboxStatus.STOPPED, why, lambda: self._end(why, orderly=orderly)))
+
+    def detach(self) -> Operation[None]:
+        """Let go of it, and let it go on; a run that is on goes on, too."""
+        self.check_running()
+        if not self.variant.has_registry:
+            self.variant.detach(keep=True)  # which refuses
+        why = f"this program detached from it; reach it with Sandbox.from_id({self.id!r})"
+        yield from self._stop(SandboxStatus.DETACHED, why, lambda: self._let_go(why, keep=True))
+
+    def program_ends(self) -> Operation[None]:
+        """Nobody here has use for it any more; it ends if nobody else has."""
+        why = "its program ended"
+        if not self.variant.has_registry:
+            yield from self.terminate(orderly=False, why=why)
+        elif self.status is SandboxStatus.RUNNING:
+            yield from self._stop(SandboxStatus.STOPPED, why, lambda: self._let_go(why, keep=False))
+
+    def _stop(
+        self, status: SandboxStatus, why: str, ending: Callable[[], Operation[None]]
+    ) -> Operation[bool]:
         over = Inbox()
         with self._lock:
             was_running = self.status is SandboxStatus.RUNNING or self._must_end
             self._must_end = was_running  # should Ctrl-C come before the end is under way
-            self.status, self._why_ended = SandboxStatus.STOPPED, self._why_ended or why
             if was_running:
                 # It goes on in the I/O thread, whatever becomes of the one who waits for it here.
-                ending = self._end(f"the sandbox ended: {why}", orderly=orderly)
-                _drive_in_loop(the_loop(), ending, lambda error: over.put(_Returned(error)))
+                self.status, self._why_ended = status, why
+                _drive_in_loop(the_loop(), ending(), lambda error: self._ended(over, error))
                 self._must_end = False
-        if not was_running:
-            return False
-        yield from _until_returned(over)
-        return True
+            elif self.status is SandboxStatus.CREATED:
+                self.status, self._why_ended = status, why
+        if was_running:
+            yield from _until_got(over)
+        return was_running
 
-    def _end(self, sentence: str, *, orderly: bool) -> Operation[None]:
-        if self._lifetime is not None:
-            self._lifetime.cancel()
-        yield from _close(list(self._contexts.values()), sentence, orderly=orderly)
+    def _ended(self, over: Inbox, error: Exception | None) -> None:
+        over.put(_Got(None, error))
+        for tell in self.on_end:
+            tell()
+
+    def _end(self, why: str, *, orderly: bool) -> Operation[None]:
+        self.variant.ends(why, orderly=orderly)
+        contexts = list(self._contexts.values())
+        yield from _close(contexts, f"the sandbox ended: {why}", orderly=orderly)
         self._contexts.clear()
         yield from self._remove()
 
-    def _remove(self) -> Operation[None]:
-        removed = Inbox()
-        the_loop().run_blocking(
-            self.variant.remove, lambda _, error: removed.put(_Returned(error)), apart=True
-        )
+    def _let_go(self, why: str, *, keep: bool) -> Operation[None]:
         try:
-            yield from _until_returned(removed)
+            yield from _in_worker(lambda: self.variant.detach(keep=keep))
+        except SandboxError as error:
+            self.status, self._why_ended = SandboxStatus.STOPPED, str(error)
+            raise
+        finally:
+            yield from self._leave(why)
+
+    def _leave(self, why: str) -> Operation[None]:
+        inboxes = []
+        for held in list(self._contexts.values()):
+            inbox = Inbox()
+            held.kernel.leave(inbox, why)
+            inboxes.append(inbox)
+        for inbox in inboxes:
+            yield from _next_event(inbox)
+        self._contexts.clear()
+        _live.discard(self)
+
+    def _remove(self) -> Operation[None]:
+        try:
+            yield from _in_worker(self.variant.remove, apart=True)
         except OSError as error:
             raise SandboxConnectionError(
                 f"{self.id} has ended, but not all could be removed: {error}"
             ) from error
         _live.discard(self)
+
+    def set_timeout(self, seconds: float) -> Operation[None]:
+        """It ends that long from now, shorter or longer than before."""
+        self.check_running()
+        seconds = check_seconds("seconds", seconds)
+        why = f"the {seconds:g} s that set_timeout() gave it are over"
+        yield from _in_worker(lambda: self.variant.expire_in(seconds, why), apart=True)
+        self.rescheduled(seconds)
+
+    def set_tags(self, tags: Mapping[str, str]) -> Operation[None]:
+        tags = check_str_mapping("tags", tags)
+        if self.status is not SandboxStatus.CREATED:
+            self.check_running()
+            yield from _in_worker(lambda: self.variant.set_tags(tags), apart=True)
+        self.tags = tags
+
+    @property
+    def end_at(self) -> float | None:
+        """Seconds since the epoch, by the clock as it is now."""
+        return None if self._ends_at is None else time.time() + self._ends_at - time.monotonic()
+
+    def record(self) -> Record:
+        """What there is to know of it."""
+        return Record(
+            id=self.id,
+            name=self.name,
+            tags=dict(self.tags),
+            settings=self.config.settings(),
+            created_at=self.created_at or time.time(),
+            time_left=None if self._ends_at is None else self._ends_at - time.monotonic(),
+            isolation=self.variant.isolation,
+        )
+
+    # What others do to it; in the I/O thread.
+
+    def over(self, why: str) -> None:
+        _drive_in_loop(the_loop(), self.terminate(orderly=True, why=why), _log_failure)
+
+    def tagged(self, tags: Mapping[str, str]) -> None:
+        self.tags = dict(tags)
+
+    def rescheduled(self, time_left: float) -> None:
+        self._ends_at = time.monotonic() + time_left
+
+    def context_added(self, spec: ContextSpec) -> None:
+        with self._lock:
+            if spec.id not in self._contexts and self.status is SandboxStatus.RUNNING:
+                self._hold(spec)
+
+    def context_deleted(self, context_id: str) -> None:
+        with self._lock:
+            held = self._contexts.pop(context_id, None)
+        if held is not None:
+            held.kernel.close(Inbox(), f"the context {held.context.name!r} was deleted", orderly=False)
 
     def check_running(self) -> None:
         """
@@ -295,6 +391,8 @@ class Core:
         self._check_process()
         if self.status is SandboxStatus.CREATED:
             raise SandboxNotStartedError(f"{self.id} was not started: call start(), or use it with 'with'")
+        if self.status is SandboxStatus.DETACHED:
+            raise SandboxNotStartedError(f"{self.id} is not to be used from here: {self._why_ended}")
         if self.status is SandboxStatus.STOPPED:
             raise SandboxNotStartedError(f"{self.id} is terminated: {self._why_ended}")
 
@@ -410,6 +508,7 @@ class Core:
         yield from _close([held], f"the context {held.context.name!r} was deleted", orderly=True)
         with self._lock:
             self._contexts.pop(held.context.id, None)
+        yield from _in_worker(lambda: self.variant.delete_context(held.context.id))
 
     def _resolve(self, context: Context | str | None, language: str | None) -> _Held:
         if context is None:
@@ -456,11 +555,15 @@ class Core:
     ) -> _Held:
         if self.status is not SandboxStatus.RUNNING:
             raise SandboxNotStartedError(f"{self.id} is terminated: {self._why_ended}")
+        language = self.variant.language_of(kernel_name)
+        return self._hold(ContextSpec(context_id, name, language, kernel_name, cwd, dict(env)))
+
+    def _hold(self, spec: ContextSpec) -> _Held:
         limits = Limits(grace=self.config.interrupt_grace, start=self.config.start_timeout)
-        launch = self.variant.launcher(kernel_name, cwd, env)
-        kernel = Kernel(the_loop(), launch, f"the kernel {kernel_name!r}", limits)
-        context = Context(context_id, name, self.variant.language_of(kernel_name), cwd)
-        held = self._contexts[context_id] = _Held(context, kernel)
+        launch = self.variant.launcher(spec)
+        kernel = Kernel(the_loop(), launch, f"the kernel {spec.kernel_name!r}", limits)
+        context = Context(spec.id, spec.name, spec.language, spec.cwd)
+        held = self._contexts[spec.id] = _Held(context, kernel)
         return held
 
     def _started(self, held: _Held) -> Operation[None]:
@@ -549,11 +652,20 @@ def _next_event(inbox: Inbox) -> Operation[Event]:
         yield Wait(inbox)
 
 
-def _until_returned(inbox: Inbox) -> Operation[None]:
+def _in_worker(function: Callable[[], T], *, apart: bool = False) -> Operation[T]:
+    """What *function*, which may block, returns in another thread."""
+    inbox = Inbox()
+    the_loop().run_blocking(function, lambda value, error: inbox.put(_Got(value, error)), apart=apart)
+    value: T = yield from _until_got(inbox)
+    return value
+
+
+def _until_got(inbox: Inbox) -> Operation[Any]:
     event = yield from _next_event(inbox)
-    assert isinstance(event, _Returned)
+    assert isinstance(event, _Got)
     if event.error is not None:
         raise event.error
+    return event.value
 
 
 def _until_ready(inbox: Inbox) -> Operation[None]:
@@ -583,7 +695,12 @@ def _drive_in_loop(
 ) -> None:
     """Drive an operation that only waits, in the I/O thread itself; *then* is told how it ended."""
 
+    is_over = False
+
     def advance() -> None:
+        nonlocal is_over
+        if is_over:  # it was woken once more than it waited
+            return
         try:
             for step in operation:
                 if isinstance(step, Wait):
@@ -591,8 +708,10 @@ def _drive_in_loop(
                     if step.inbox.is_empty:
                         return
         except Exception as error:  # whatever it is belongs to the one who asked
+            is_over = True
             then(error)
         else:
+            is_over = True
             then(None)
 
     loop.call_soon(advance)
@@ -604,7 +723,6 @@ def _log_failure(error: Exception | None) -> None:
 
 
 _live: set[Core] = set()
-_used: set[type[Variant]] = set()
 
 
 def live_cores() -> list[Core]:
@@ -612,15 +730,68 @@ def live_cores() -> list[Core]:
     return list(_live)
 
 
-def used_variants() -> list[type[Variant]]:
-    """The variants that this process has used."""
-    return list(_used)
+def _live_core(sandbox_id: str) -> Core | None:
+    for core in live_cores():
+        if core.id == sandbox_id and core.status is SandboxStatus.RUNNING and core.is_of_this_process:
+            return core
+    return None
+
+
+def _leave_what_was_attached(core: Core | None, error: Exception | None) -> None:
+    if core is not None:
+        _drive_in_loop(the_loop(), core.program_ends(), _log_failure)
+
+
+def find(
+    variant_class: type[Variant] | None, sandbox_id: str, options: Mapping[str, object]
+) -> Operation[Core]:
+    """The sandbox of that id: one of this process, or one that others made.
+
+    Raises:
+        SandboxNotFoundError: there is none.
+    """
+    core = _live_core(sandbox_id)
+    if core is not None:
+        return core
+    if variant_class is None:
+        raise SandboxNotFoundError(f"no sandbox {sandbox_id!r}: ids begin with the name of a variant")
+    found_class, made = variant_class, [False]
+
+    def attach() -> Core:  # in the worker thread, where one is done after the other
+        core = _live_core(sandbox_id)
+        if core is None:
+            variant, record = found_class.attach(sandbox_id, options)
+            core = Core(variant, variant.config, record.name, record.tags)
+            core._attach(record)
+            made[0] = True
+        return core
+
+    try:
+        core = yield from _in_worker(attach)
+    except BaseException:  # given up: nobody will let go of it
+        the_loop().run_blocking(lambda: _live_core(sandbox_id) if made[0] else None, _leave_what_was_attached)
+        raise
+    return core
+
+
+def find_all(
+    variant_classes: Iterable[type[Variant]], tags: Mapping[str, str] | None
+) -> Operation[list[tuple[type[Variant], Record]]]:
+    """Every sandbox of this user that has all *tags*: those of this process, and those in a registry."""
+    wanted = check_str_mapping("tags", tags).items()
+    found: list[tuple[type[Variant], Record]] = []
+    for variant_class in variant_classes:
+        if variant_class.has_registry:
+            records = yield from _in_worker(variant_class.all, apart=True)
+        else:
+            records = [core.record() for core in live_cores() if type(core.variant) is variant_class]
+        found += [(variant_class, record) for record in records if wanted <= record.tags.items()]
+    return found
 
 
 def _let_go() -> object:
     kept = list(_live)
     _live.clear()
-    _used.clear()
     return kept
 
 

@@ -6,6 +6,7 @@ It needs no event loop and disturbs none, so it works in a notebook cell and fro
 from __future__ import annotations
 
 import atexit
+import builtins
 import logging
 import os
 import time
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from code_sandboxes import operations
 from code_sandboxes.errors import SandboxError
-from code_sandboxes.front import Front, known_variant
-from code_sandboxes.info import SandboxStatus, SandboxVariant
+from code_sandboxes.front import Front, finding, known_variant, listing
+from code_sandboxes.info import SandboxInfo, SandboxStatus, SandboxVariant
 from code_sandboxes.operations import (
     LEFT,
     SILENT,
@@ -70,7 +71,7 @@ class Sandbox(Front):
         memory: int | None = None,
         env: Mapping[str, str] | None = None,
         network_policy: str | None = None,
-        allowed_hosts: list[str] | None = None,
+        allowed_hosts: builtins.list[str] | None = None,
         tags: Mapping[str, str] | None = None,
         snapshot_name: str | None = None,
         **options: object,
@@ -117,6 +118,41 @@ class Sandbox(Front):
         sandbox.start()
         return sandbox
 
+    @staticmethod
+    def from_id(id: str, **options: object) -> Sandbox:
+        """The sandbox of that id, with its variables, contexts and files; this program is attached to it.
+
+        Any process of this user may have made it. One that is attached to this process already is the same.
+
+        Args:
+            id: what :attr:`id` says, or :meth:`list`.
+            options: credentials, where the variant needs them.
+
+        Raises:
+            SandboxNotFoundError: it has ended, or never was; or it is a ``local-eval`` of another process.
+        """
+        core = _drive(finding(id, options))
+        return _CLASSES[core.variant.name]._around(core)
+
+    @staticmethod
+    def list(
+        variant: SandboxVariant | str | None = None, tags: Mapping[str, str] | None = None
+    ) -> builtins.list[SandboxInfo]:
+        """Every running sandbox of this user, whichever process made it; ``local-eval`` those of this one.
+
+        Args:
+            variant: only of this one.
+            tags: only those that have all of these.
+
+        Raises:
+            ValueError: there is no such variant.
+        """
+        return _drive(listing(variant, tags))
+
+    def __reduce__(self) -> tuple[Callable[[str], Sandbox], tuple[str]]:
+        self._core.check_running()
+        return Sandbox.from_id, (self.id,)
+
     # Life.
 
     def start(self: SandboxT) -> SandboxT:
@@ -138,6 +174,25 @@ class Sandbox(Front):
     def kill(self) -> bool:
         """End it at once. Returns whether it was running."""
         return _drive(self._core.terminate(orderly=False, why="it was killed"))
+
+    def detach(self) -> None:
+        """Let go of it, and leave it running: :meth:`from_id` finds it again, from any process.
+
+        It ends at the end of its lifetime, after its idle time, or when somebody terminates it. A run that is
+        on goes on; its result here is ``connection_lost``.
+
+        Raises:
+            SandboxConfigurationError: its code runs in this process.
+        """
+        _drive(self._core.detach())
+
+    def set_timeout(self, seconds: float) -> None:
+        """Let it end that long from now, shorter or longer than before; not the timeout of a run."""
+        _drive(self._core.set_timeout(seconds))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Replace its tags."""
+        _drive(self._core.set_tags(tags))
 
     def restart(self) -> None:
         """Start all its kernels afresh; their variables are gone, files stay."""
@@ -252,7 +307,7 @@ class Sandbox(Front):
         """
         return _drive(self._core.create_context(name, language=language, cwd=cwd, env=env))
 
-    def list_contexts(self) -> list[Context]:
+    def list_contexts(self) -> builtins.list[Context]:
         """The contexts, the default one first."""
         return self._core.list_contexts()
 
@@ -366,11 +421,9 @@ def _end_all() -> None:
     """At the end of the program: nothing that it made outlives it."""
     for core in operations.live_cores():
         try:
-            _drive(core.terminate(orderly=False, why="its program ended"))
+            _drive(core.program_ends())
         except SandboxError as error:  # the others must end all the same
             _log.error("%s", error)
-    for variant_class in operations.used_variants():
-        variant_class.leave()
 
 
 atexit.register(_end_all)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import groupby
+from pathlib import Path
 
 import psutil
 import pytest
@@ -24,6 +25,7 @@ import pytest
 from code_sandboxes.kernel_process import KernelProcess
 from code_sandboxes.protocol.messages import Channel, Message, Session, execute_content
 from code_sandboxes.transports.loop import the_loop
+from conftest import processes_of
 
 # Seconds after which a test that waits for a kernel has failed.
 PATIENCE = 30
@@ -258,7 +260,7 @@ class Conversation:
 
 
 def _alive() -> set[threading.Thread | psutil.Process]:
-    return {*threading.enumerate(), *psutil.Process().children()}
+    return {*threading.enumerate(), *processes_of(Path(os.environ["CODE_SANDBOXES_RUNTIME_DIR"]))}
 
 
 def data_of(content: Mapping[str, object]) -> dict[str, object]:

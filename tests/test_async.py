@@ -23,6 +23,8 @@ from code_sandboxes import (
 )
 from conftest import BUSY, BUSY_OR_WAITING, UNISOLATED
 
+FAST_VARIANT = "local-jupyter"
+
 Body = Callable[[AsyncSandbox], Awaitable[None]]
 Start = Callable[..., Any]  # what AsyncSandbox.create() gives
 WithSandbox = Callable[[Body], None]

@@ -6,16 +6,17 @@ other, and these tests verify it.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import pytest
 
-from code_sandboxes.config import SandboxConfig
+from code_sandboxes import Sandbox
 from code_sandboxes.inprocess.kernel import InProcessKernel
 from code_sandboxes.kernel_process import KernelProcess
-from code_sandboxes.variants.jupyter import LocalJupyter
+from code_sandboxes.variants.base import ContextSpec, Variant
 from tests.kernel_contract import *  # noqa: F403  (the tests)
 from tests.kernel_contract import PNG, Abilities, Conversation
 
@@ -91,14 +92,25 @@ class Kind:
 
     name: str
     abilities: Abilities
-    launcher: Callable[[LocalJupyter], Callable[[], KernelProcess]]
+    launcher: Callable[[Variant], Callable[[], KernelProcess]]
     slow: bool = False
 
 
+def kernels_of_contexts(jupyter: Variant, kernel_name: str) -> Callable[[], KernelProcess]:
+    """Starts kernels, each in a context of its own."""
+    numbers = itertools.count()
+
+    def launch() -> KernelProcess:
+        context = f"{kernel_name}-{next(numbers)}"
+        return jupyter.launcher(ContextSpec(context, context, kernel_name, kernel_name, None, {}))()
+
+    return launch
+
+
 KINDS = [
-    Kind("ipykernel", PYTHON, lambda jupyter: jupyter.launcher("python3", None, {})),
+    Kind("ipykernel", PYTHON, lambda jupyter: kernels_of_contexts(jupyter, "python3")),
     Kind("inprocess", PYTHON, lambda _: InProcessKernel),
-    Kind("bash", BASH, lambda jupyter: jupyter.launcher("bash", None, {}), slow=True),
+    Kind("bash", BASH, lambda jupyter: kernels_of_contexts(jupyter, "bash"), slow=True),
 ]
 
 
@@ -115,11 +127,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="module")
-def jupyter() -> Iterator[LocalJupyter]:
-    jupyter = LocalJupyter(SandboxConfig(), {"isolation": "none"})
-    jupyter.prepare()
-    yield jupyter
-    jupyter.remove()
+def jupyter() -> Iterator[Variant]:
+    with Sandbox.create("local-jupyter", isolation="none") as sandbox:
+        yield sandbox._core.variant
 
 
 class Supply:
@@ -149,7 +159,7 @@ class Supply:
 
 
 @pytest.fixture(scope="module")
-def supplies(jupyter: LocalJupyter) -> Iterator[dict[str, Supply]]:
+def supplies(jupyter: Variant) -> Iterator[dict[str, Supply]]:
     """By the name of the kind, started on first need."""
     supplies: dict[str, Supply] = {}
     yield supplies
@@ -158,7 +168,7 @@ def supplies(jupyter: LocalJupyter) -> Iterator[dict[str, Supply]]:
 
 
 @pytest.fixture
-def supply(kind: Kind, supplies: dict[str, Supply], jupyter: LocalJupyter) -> Supply:
+def supply(kind: Kind, supplies: dict[str, Supply], jupyter: Variant) -> Supply:
     if kind.name not in supplies:
         supplies[kind.name] = Supply(kind.launcher(jupyter))
     return supplies[kind.name]

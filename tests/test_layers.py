@@ -18,14 +18,15 @@ ROOT = Path(code_sandboxes.__file__).parent
 # From the top down; a module imports from its own layer and from those below.
 LAYERS = [
     {"__init__"},
+    {"pool"},
     {"async_sandbox"},
     {"sandbox"},
     {"front"},
     {"operations"},
     {"variants"},
-    {"kernel", "reaper", "inprocess"},
+    {"kernel", "keeper", "inprocess"},
     {"kernel_process", "runs"},
-    {"inbox", "transports", "guest"},
+    {"inbox", "transports", "guest", "reaper"},
     {"protocol"},
     {"config", "info"},
     {"checks", "forks", "results"},

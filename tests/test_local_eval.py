@@ -359,6 +359,7 @@ def test_ipython_that_the_program_has_imported_shows_in_the_sandbox_too() -> Non
 # Code that does not stop
 
 
+@pytest.mark.slow
 def test_abandoned_code_is_told_loses_its_output_and_leaves_a_fresh_namespace(
     sandbox: Sandbox, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -387,6 +388,7 @@ def test_code_that_waits_in_the_system_for_less_than_the_grace_keeps_its_variabl
     assert sandbox.run_code("x").text == "1"
 
 
+@pytest.mark.slow
 def test_a_terminated_sandbox_does_not_wait_for_code_that_waits(sandbox: Sandbox) -> None:
     def run() -> None:
         results.append(
@@ -406,6 +408,7 @@ def test_a_terminated_sandbox_does_not_wait_for_code_that_waits(sandbox: Sandbox
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_a_traced_program_goes_on_while_the_code_waits() -> None:
     """CPython 3.11 would not: see ``look_no_more()``."""
     done = run_program(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from code_sandboxes import ContextNotFoundError, Sandbox, SandboxConfig
-from conftest import open_descriptors
+from code_sandboxes.keeper import client
+from conftest import open_descriptors, sandbox_folders, wait_until
 
 KERNELS = r"bash, .*python, python3"
 REFUSED = "SandboxConfigurationError"
@@ -86,11 +87,6 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
         " machine; choose with kernel_name=",
     ),
     (
-        {"config": SandboxConfig(idle_timeout=5)},
-        "SandboxConfigurationError",
-        "local-jupyter cannot enforce idle_timeout: nothing watches idle kernels yet; use max_lifetime",
-    ),
-    (
         {"config": SandboxConfig(working_dir="/nowhere")},
         "SandboxConfigurationError",
         "local-jupyter cannot start in working_dir='/nowhere': there is no such directory on this machine",
@@ -145,6 +141,9 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
 def test_what_cannot_be_honoured_is_refused_at_create(
     runtime_folder: Path, settings: dict[str, object], kind: str, sentence: str
 ) -> None:
+    keeper = client.the_keeper(runtime_folder)
+    keeper.start()  # it would be connected to anyway, for a while
+    wait_until(lambda: keeper.ask_if_running("ping") is not None)
     before = set(runtime_folder.iterdir()), open_descriptors()
     chosen = {} if "variant" in settings else {"variant": "local-jupyter", "isolation": "none"}
     arguments: dict[str, object] = {**chosen, **settings}
@@ -267,7 +266,7 @@ def test_a_relative_runtime_folder_is_as_good_as_any(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CODE_SANDBOXES_RUNTIME_DIR", "run")
     with Sandbox.create("local-jupyter", isolation="none") as sandbox:
         assert sandbox.run_code("1 + 1").text == "2"
-    assert list((tmp_path / "run").iterdir()) == []
+    assert sandbox_folders(tmp_path / "run") == set()
 
 
 def test_errors_survive_pickling() -> None:

@@ -24,6 +24,7 @@ from code_sandboxes import (
 from conftest import BUSY, BUSY_OR_WAITING, MakeSandbox
 
 EVERY_FRONT = True
+FAST_VARIANT = "local-jupyter"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from code_sandboxes import (
 from conftest import BUSY, MakeSandbox
 
 EVERY_FRONT = True
+FAST_VARIANT = "local-jupyter"
 
 
 def test_prints_arrive_while_the_code_runs(shared_sandbox: Sandbox) -> None:

@@ -102,6 +102,9 @@ class ScriptedKernel(threading.Thread):
 
     # What the kernel object wants of a process.
 
+    is_fresh = True
+    why_lost = ""
+
     def transport(
         self, loop: Loop, identity: str, receive: Callable[[Message], None], max_message: int
     ) -> ZmqTransport:
@@ -121,6 +124,15 @@ class ScriptedKernel(threading.Thread):
 
     def unpublished(self, published: object) -> list[Streamed]:
         return []
+
+    def claim(self, granted: Callable[[], None]) -> None:
+        granted()
+
+    def rest(self) -> None:
+        return
+
+    def leave(self) -> None:
+        return
 
     def interrupt(self) -> None:
         raise AssertionError("it is interrupted by message")
@@ -281,6 +293,7 @@ def test_a_kernel_that_never_sends_idle_or_never_replies_is_not_waited_for_for_e
     assert client.run(timeout=None).status == "connection_lost"
 
 
+@pytest.mark.slow
 def test_a_kernel_with_message_interrupts_gets_one_and_is_killed_when_it_does_not_react(
     make_client: MakeClient,
 ) -> None:

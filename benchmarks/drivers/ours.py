@@ -28,7 +28,7 @@ class Ours:
 
     def connection_file(self) -> str:
         """Of the kernel, for another client of it."""
-        (found,) = Path(os.environ["CODE_SANDBOXES_RUNTIME_DIR"]).glob("*/*/connection.json")
+        (found,) = Path(os.environ["CODE_SANDBOXES_RUNTIME_DIR"]).glob("*/*/*/connection.json")
         return str(found)
 
     def run(self, code: str, repetitions: int) -> list[float]:

@@ -114,6 +114,8 @@ class InProcessKernel:
     """
 
     interrupt_mode: Literal["signal"] = "signal"
+    is_fresh = True
+    why_lost = ""
     how_killed = (
         "it was abandoned: its thread goes on in this process, its output is dropped,"
         " and its variables are gone"
@@ -184,6 +186,15 @@ class InProcessKernel:
 
     def unpublished(self, published: Sequence[int]) -> list[Streamed]:
         return []
+
+    def claim(self, granted: Callable[[], None]) -> None:
+        granted()  # it has one user
+
+    def rest(self) -> None:
+        return
+
+    def leave(self) -> None:
+        raise NotImplementedError("a kernel in this process goes on for nobody else")
 
     def interrupt(self) -> None:
         with self._lock:

@@ -31,6 +31,7 @@ __all__ = [
     "KernelStatus",
     "MalformedContentError",
     "NotRun",
+    "OthersRun",
     "OutputDropped",
     "Replied",
     "Started",
@@ -136,6 +137,13 @@ class KernelStatus(Event):
     """Any other ``status``: ``busy``, or of the kernel itself ``starting``, ``restarting``, ``dead``."""
 
     state: str
+
+
+@dataclass(frozen=True, slots=True)
+class OthersRun(Event):
+    """A run of another client of the kernel has begun, or is over."""
+
+    is_on: bool
 
 
 @dataclass(frozen=True, slots=True)

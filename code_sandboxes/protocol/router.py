@@ -25,6 +25,7 @@ from code_sandboxes.protocol.events import (
     KernelReplaced,
     KernelStatus,
     MalformedContentError,
+    OthersRun,
     Replied,
     Streamed,
     Updated,
@@ -119,6 +120,9 @@ class Router:
             yield from self._answer(msg_id, pending, event)
         elif not message.parent_header:
             yield from self._unparented(event)
+        elif isinstance(event, (Idle, KernelStatus)):
+            if message.parent_header.get("msg_type") == "execute_request" and not self._session.made(message):
+                yield Routed(None, OthersRun(isinstance(event, KernelStatus)))
         elif isinstance(event, _OUTPUT) and self._session.made(message):
             yield Routed(self._owner_of_late_output(message), event)
 

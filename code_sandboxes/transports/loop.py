@@ -62,6 +62,7 @@ class Loop:
         self._order = itertools.count()
         self._purge_at = 64
         self._unfinished: set[Callback] = set()
+        self._writers: dict[int, Callback] = {}
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
@@ -141,6 +142,14 @@ class Loop:
 
     def remove_reader(self, fd: int) -> None:
         self._selector.unregister(fd)
+        self._writers.pop(fd, None)
+
+    def call_when_writable(self, fd: int, callback: Callback) -> None:
+        """Call *callback* once, when *fd*, which has a reader, can be written to."""
+        self._writers[fd] = callback
+        self._selector.modify(
+            fd, selectors.EVENT_READ | selectors.EVENT_WRITE, self._selector.get_key(fd).data
+        )
 
     def call_again(self, callback: Callback) -> None:
         """Call *callback* in the next round too: it stopped early to let others have their turn."""
@@ -154,13 +163,22 @@ class Loop:
         while True:
             ready = self._selector.select(self._patience())
             unfinished, self._unfinished = self._unfinished, set()
-            for key, _ in ready:
-                self._call(key.data)
-                unfinished.discard(key.data)
+            for key, events in ready:
+                if events & selectors.EVENT_READ:
+                    self._call(key.data)
+                    unfinished.discard(key.data)
+                if events & selectors.EVENT_WRITE:
+                    self._call_writer(key)
             for callback in unfinished:
                 self._call(callback)
             self._run_timers()
             self._run_calls()
+
+    def _call_writer(self, key: selectors.SelectorKey) -> None:
+        writer = self._writers.pop(key.fd, None)
+        if writer is not None:  # its reader may have removed it just now
+            self._selector.modify(key.fd, selectors.EVENT_READ, key.data)
+            self._call(writer)
 
     def _patience(self) -> float | None:
         if self._unfinished or self._calls:

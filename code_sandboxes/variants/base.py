@@ -3,17 +3,71 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from code_sandboxes.errors import SandboxConfigurationError
+from code_sandboxes.errors import SandboxConfigurationError, SandboxNotFoundError
 from code_sandboxes.info import Capabilities, SandboxVariant
 from code_sandboxes.kernel_process import KernelProcess
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
-__all__ = ["Variant"]
+__all__ = ["Audience", "ContextSpec", "Record", "Variant"]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextSpec:
+    """A context as whoever starts its kernel must know it, in this program or in another one."""
+
+    id: str
+    name: str
+    language: str
+    kernel_name: str
+    cwd: str | None
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What there is to know of a sandbox without being attached to it.
+
+    Args:
+        settings: of its :class:`SandboxConfig`, by name.
+        created_at: seconds since the epoch.
+        time_left: seconds until its lifetime ends; None if it has no end.
+        isolation: what separates it from the machine it runs on.
+    """
+
+    id: str
+    name: str | None
+    tags: Mapping[str, str]
+    settings: Mapping[str, Any]
+    created_at: float
+    time_left: float | None
+    isolation: str
+    contexts: Sequence[ContextSpec] = ()
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+
+class Audience(Protocol):
+    """Who is told what others do to the sandbox; in the I/O thread."""
+
+    def over(self, why: str) -> None:
+        """It is ending."""
+
+    def tagged(self, tags: Mapping[str, str]) -> None:
+        """It has other tags."""
+
+    def rescheduled(self, time_left: float) -> None:
+        """It will end in so many seconds."""
+
+    def context_added(self, spec: ContextSpec) -> None:
+        """It has one more context."""
+
+    def context_deleted(self, context_id: str) -> None:
+        """It has one context less."""
 
 
 class Variant(ABC):
@@ -30,6 +84,8 @@ class Variant(ABC):
 
     name: ClassVar[SandboxVariant]
     options: ClassVar[frozenset[str]]
+    has_registry: ClassVar[bool] = False
+    """Its sandboxes can be found and used by other programs, and go on when this one ends."""
 
     def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         unknown = sorted(set(options) - self.options)
@@ -66,22 +122,61 @@ class Variant(ABC):
         """What the kernel *kernel_name* declares to run."""
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Make what all kernels of the sandbox share; in the worker thread."""
+    def prepare(self, record: Record, audience: Audience) -> None:
+        """Make what all kernels of the sandbox share, and see to it that its lifetime ends; may block."""
 
     @abstractmethod
-    def launcher(
-        self, kernel_name: str, cwd: str | None, env: Mapping[str, str]
-    ) -> Callable[[], KernelProcess]:
-        """What starts such a kernel, again and again; it is called in the worker thread."""
+    def launcher(self, spec: ContextSpec) -> Callable[[], KernelProcess]:
+        """What starts the kernel of a context, again and again; it is called in the worker thread."""
+
+    @abstractmethod
+    def expire_in(self, seconds: float, why: str) -> None:
+        """Its lifetime ends that long from now, shorter or longer than before; may block."""
+
+    def ends(self, why: str, *, orderly: bool) -> None:
+        """The sandbox is about to be ended; in the I/O thread."""
+        return
 
     @abstractmethod
     def remove(self) -> None:
-        """Remove what :meth:`prepare` made, when no kernel is left; may be called again."""
+        """Remove what :meth:`prepare` made, when no kernel is left; may be called again, may block."""
+
+    # Of those that have a registry.
 
     @classmethod
-    def leave(cls) -> None:
-        """The program ends, and none of its sandboxes is left: let go of what they shared, if anything."""
+    def all(cls) -> list[Record]:
+        """The sandboxes of this user, whichever program made them; may block."""
+        return []
+
+    @classmethod
+    def attach(cls, sandbox_id: str, options: Mapping[str, object]) -> tuple[Variant, Record]:
+        """Find a sandbox and become one of its users; may block.
+
+        Raises:
+            SandboxNotFoundError: there is none of that id.
+        """
+        raise SandboxNotFoundError(
+            f"no sandbox {sandbox_id!r}: a {cls.name} sandbox belongs to the process that made it"
+        )
+
+    def listen(self, audience: Audience) -> None:
+        """Tell *audience* from now on what others do; after :meth:`attach`."""
+        return
+
+    def detach(self, *, keep: bool) -> None:
+        """Be one of its users no more; with *keep* it goes on although it has none. May block.
+
+        Raises:
+            SandboxConfigurationError: it cannot go on without this program.
+        """
+        raise self.refuse("detach", "the code runs in this process; use local-jupyter")
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Let others know them; may block."""
+        return
+
+    def delete_context(self, context_id: str) -> None:
+        """Let others know that its kernel is gone for good; may block."""
         return
 
     def refuse(self, setting: str, reason: str) -> SandboxConfigurationError:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 from code_sandboxes.errors import SandboxConfigurationError
 
-__all__ = ["check_length", "runtime_root", "unusable"]
+__all__ = ["check_length", "runtime_root"]
 
 # sun_path of unix(7) holds 107 bytes and a zero; macOS has 103.
 _LONGEST_SOCKET_PATH = 103
+
+# A keeper's folder, and below it by number a sandbox's, a kernel's, and a channel's socket.
+_LONGEST_NAME = "k1-0000/00000/000000/s-5"
 
 _ADVICE = "set CODE_SANDBOXES_RUNTIME_DIR to a folder of yours"
 
@@ -28,7 +31,9 @@ def runtime_root() -> Path:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = root.lstat()
     except OSError as error:
-        raise unusable(root, error) from error
+        raise SandboxConfigurationError(
+            f"cannot make the runtime folder {root}: {error.strerror}; {_ADVICE}"
+        ) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise SandboxConfigurationError(
             f"the runtime folder {root} is not a folder that only this user can enter; {_ADVICE}"
@@ -36,14 +41,14 @@ def runtime_root() -> Path:
     return root
 
 
-def unusable(folder: Path, error: OSError) -> SandboxConfigurationError:
-    return SandboxConfigurationError(f"cannot make the runtime folder {folder}: {error.strerror}; {_ADVICE}")
-
-
-def check_length(folder: Path) -> None:
-    longest = len(os.fsencode(folder / "0000" / "s-5"))
+def check_length(root: Path) -> None:
+    """
+    Raises:
+        SandboxConfigurationError: the paths of sockets below *root* would be too long.
+    """
+    longest = len(os.fsencode(root / _LONGEST_NAME))
     if longest > _LONGEST_SOCKET_PATH:
         raise SandboxConfigurationError(
-            f"the path of the runtime folder {folder.parent} is {longest - _LONGEST_SOCKET_PATH} bytes too"
+            f"the path of the runtime folder {root} is {longest - _LONGEST_SOCKET_PATH} bytes too"
             " long for sockets; set CODE_SANDBOXES_RUNTIME_DIR to a shorter one"
         )

@@ -1,50 +1,57 @@
 """local-jupyter: kernels on this machine, each a process of its own, spoken to over ``ipc://``.
 
-Everything a sandbox has on this machine is one folder that only this user can enter, below
-``$CODE_SANDBOXES_RUNTIME_DIR`` or the system's folder for temporary files: the home of the code, and for
-each kernel its connection file and sockets. The processes are started by jupyter_client's provisioners
-from any installed kernelspec.
+The processes are those of a keeper (:mod:`code_sandboxes.keeper.server`), so that a sandbox can be found by
+other programs and outlive this one. Everything it has on this machine is one folder that only this user can
+enter: the home of the code, and for each kernel its connection file and sockets. How a kernel is started is
+decided here, from any installed kernelspec.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from code_sandboxes.checks import check_str
-from code_sandboxes.errors import SandboxConfigurationError, SandboxIsolationWarning
-from code_sandboxes.guest import journal
+from code_sandboxes.errors import (
+    SandboxConfigurationError,
+    SandboxConnectionError,
+    SandboxError,
+    SandboxIsolationWarning,
+    SandboxNotFoundError,
+    SandboxNotStartedError,
+)
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
-from code_sandboxes.reaper import remove_tree
-from code_sandboxes.transports.zmq import ConnectionInfo
-from code_sandboxes.variants.base import Variant
-from code_sandboxes.variants.folders import check_length, runtime_root, unusable
+from code_sandboxes.keeper.client import (
+    Answer,
+    GoneError,
+    KeeperClient,
+    UnknownSandboxError,
+    the_keeper,
+)
+from code_sandboxes.transports.loop import the_loop
+from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant
+from code_sandboxes.variants.folders import check_length, runtime_root
+from code_sandboxes.variants.kept_kernel import KeptKernel, Kernels
 from code_sandboxes.variants.kernelspecs import (
-    InstalledKernel,
     check_startable,
     command_of,
     installed_kernels,
     kernel_named,
     kernels_speaking,
     known_languages,
-    start_kernel,
+    launch_environment,
 )
-from code_sandboxes.variants.local_process import LocalProcess, close_reaper, the_reaper
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
 __all__ = ["LocalJupyter"]
-
-_CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 
 _NEEDS_ISOLATION = "that takes isolation, and it has only a process of its own yet"
 _NO_GPU_CHOICE = "what GPUs the machine has are visible to the code"
@@ -61,6 +68,7 @@ class LocalJupyter(Variant):
     options: ClassVar[frozenset[str]] = frozenset(
         {"disk", "isolation", "kernel_name", "max_output", "mounts", "pids", "preload"}
     )
+    has_registry = True
 
     def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         super().__init__(config, options)
@@ -74,8 +82,19 @@ class LocalJupyter(Variant):
         elif isolation != "none":
             raise self.refuse(f"isolate with {isolation!r}", "it knows only 'auto' and 'none' yet")
         self._max_output = _bytes("max_output", options.get("max_output"), default=256 * 1024**2)
+        self._keeper = _keeper()
+        # It takes as long to start as the kernelspecs take to be found: it does so meanwhile.
+        the_loop().run_blocking(self._keeper.start, lambda *_: None)
         self._kernel_name = kernel_named(options.get("kernel_name"))
-        self._folder = Path()
+        self._sandbox_id = ""
+        self._home = ""
+        self._record: dict[str, Any] = {}
+        self._ends_at: float | None = None
+        self._why_it_ends = ""
+        self._kernels = Kernels()
+        self._audience: Audience | None = None
+        self._is_over = False
+        self._early = _Early()
 
     def _refuse_what_is_not_enforced(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         for trait, what in _UNENFORCED:
@@ -98,8 +117,6 @@ class LocalJupyter(Variant):
                 f"provide the environment {config.environment!r}",
                 "it runs what is installed on this machine; choose with kernel_name=",
             )
-        if config.idle_timeout is not None:
-            raise self.refuse("enforce idle_timeout", "nothing watches idle kernels yet; use max_lifetime")
         if config.working_dir is not None and not os.path.isdir(config.working_dir):
             raise self.refuse(
                 f"start in working_dir={config.working_dir!r}", "there is no such directory on this machine"
@@ -125,7 +142,7 @@ class LocalJupyter(Variant):
             disk_limit=not_isolated,
             gpu=Capability(False, _NO_GPU_CHOICE),
             mounts=not_isolated,
-            idle_timeout=not_yet,
+            idle_timeout=yes,
             snapshots=not_yet,
             fork=not_yet,
         )
@@ -158,86 +175,267 @@ class LocalJupyter(Variant):
     def language_of(self, kernel_name: str) -> str:
         return installed_kernels()[kernel_name].language
 
-    def prepare(self) -> None:
+    # Its registry is the keeper's.
+
+    def prepare(self, record: Record, audience: Audience) -> None:
         installed_kernels()  # here, where it holds up nobody's event loop
-        folder = runtime_root() / secrets.token_hex(4)
-        check_length(folder)
-        the_reaper().guard_folder(str(folder))
+        self._sandbox_id = record.id
+        self._record = {
+            "about": {
+                "name": record.name,
+                "settings": dict(record.settings),
+                "created_at": record.created_at,
+                "isolation": record.isolation,
+                "kernel_name": self._kernel_name,
+                "max_output": self._max_output,
+            },
+            "tags": dict(record.tags),
+            "idle_timeout": self.config.idle_timeout or None,
+        }
+        if record.time_left is not None:
+            self._ends_at = time.monotonic() + record.time_left
+            self._why_it_ends = f"it reached its max_lifetime of {record.time_left:g} s"
+        self._audience = audience
+        self._keeper.listen(self._sandbox_id, self)
+        self._open()
+
+    def _open(self) -> None:
+        if self._ends_at is not None:
+            left = max(0.0, self._ends_at - time.monotonic())
+            self._record |= {"lifetime": left, "reason": self._why_it_ends}
+        self._check_not_over()
+        answer = self._keeper.ask("open", sandbox=self._sandbox_id, record=self._record)
+        self._home = answer["home"]
+        if self._is_over:  # just now, and the keeper was told before it knew of it
+            self.ends("it was terminated", orderly=False)
+            self._check_not_over()
+
+    def _check_not_over(self) -> None:
+        if self._is_over:
+            raise SandboxNotStartedError(f"{self._sandbox_id} is terminated")
+
+    def _ask(self, verb: str, **fields: object) -> Answer:
+        """Ask the keeper about this sandbox. If it is not the one that made it, it has to make it again."""
         try:
-            folder.mkdir(mode=0o700)
-        except OSError as error:
-            the_reaper().release_folder(str(folder))
-            raise unusable(folder, error) from error
-        self._folder = folder
-
-    def launcher(
-        self, kernel_name: str, cwd: str | None, env: Mapping[str, str]
-    ) -> Callable[[], LocalProcess]:
-        spec, sandbox_folder = installed_kernels()[kernel_name], self._folder
-        return lambda: self._launch(spec, sandbox_folder, cwd, env)
-
-    def _launch(
-        self, spec: InstalledKernel, sandbox_folder: Path, cwd: str | None, env: Mapping[str, str]
-    ) -> LocalProcess:
-        home = sandbox_folder / "home"
-        folder = sandbox_folder / secrets.token_hex(2)
-        # What was there before, code may have removed or closed since.
-        sandbox_folder.mkdir(mode=0o700, exist_ok=True)
-        sandbox_folder.chmod(0o700)
-        home.mkdir(mode=0o700, exist_ok=True)
-        folder.mkdir(mode=0o700)
+            return self._keeper.ask(verb, sandbox=self._sandbox_id, **fields)
+        except UnknownSandboxError:
+            self._open()
         try:
-            connection = _write_connection_file(folder, spec.name)
-            identity = journal.create(str(folder / "journal"))
-            command = command_of(spec, folder / "connection.json")
-            environment = {**_environment(home, command[0]), **self.config.env_vars, **env}
-            cwd = cwd or self.config.working_dir or str(home)
-            check_startable(spec, command[0], environment["PATH"], cwd)
-            process, stderr = start_kernel(spec, command, environment, cwd)
-            the_reaper().guard_group(process.pid)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        mode = spec.kernel_spec.interrupt_mode
-        return LocalProcess(
-            process, connection, "message" if mode == "message" else "signal", stderr, folder, identity
-        )
-
-    def remove(self) -> None:
-        folder, self._folder = self._folder, Path()
-        if folder != Path():
-            remove_tree(str(folder))
-            the_reaper().release_folder(str(folder))
+            return self._keeper.ask(verb, sandbox=self._sandbox_id, **fields)
+        except UnknownSandboxError as error:
+            raise SandboxConnectionError(f"{self._sandbox_id} has ended: {error}") from None
 
     @classmethod
-    def leave(cls) -> None:
-        close_reaper()
+    def all(cls) -> list[Record]:
+        answer = _keeper().ask_if_running("list")
+        return [] if answer is None else [_record_of(each) for each in answer["sandboxes"]]
+
+    @classmethod
+    def attach(cls, sandbox_id: str, options: Mapping[str, object]) -> tuple[Variant, Record]:
+        if options:
+            raise TypeError(f"from_id() of {cls.name} takes no options (given: {', '.join(sorted(options))})")
+        keeper, early = _keeper(), _Early()
+        keeper.listen(sandbox_id, early)
+        try:
+            found = keeper.ask_if_running("open", sandbox=sandbox_id)
+        except UnknownSandboxError:
+            found = None
+        if found is None:
+            keeper.forget(sandbox_id, early)
+            why = "it has ended, or never was"
+            if keeper.has_rivals:
+                why += ", or it is kept for another version of code_sandboxes, which runs on this machine too"
+            raise SandboxNotFoundError(f"no sandbox {sandbox_id!r} on this machine: {why}")
+        try:
+            return cls._attached(found, early)
+        except BaseException:
+            keeper.forget(sandbox_id, early)
+            keeper.ask_if_running("detach", sandbox=sandbox_id, keep=False)
+            raise
+
+    @classmethod
+    def _attached(cls, found: Answer, early: _Early) -> tuple[Variant, Record]:
+        from code_sandboxes.config import SandboxConfig
+
+        record, about = _record_of(found), found["about"]
+        config = SandboxConfig(**record.settings)
+        # What was checked when it was made is not checked again: a directory may be gone by now.
+        variant = cls(SandboxConfig(), {"isolation": "none"})
+        variant.config = config
+        variant._kernel_name, variant._max_output = about["kernel_name"], about["max_output"]
+        variant._sandbox_id, variant._home, variant._early = record.id, found["home"], early
+        variant._record = {"about": about, "tags": found["tags"], "idle_timeout": variant.config.idle_timeout}
+        if record.time_left is not None:
+            variant._ends_at = time.monotonic() + record.time_left
+            variant._why_it_ends = "its lifetime is over"
+        return variant, record
+
+    def listen(self, audience: Audience) -> None:
+        self._audience = audience
+        the_loop().call_soon(self._take_over)
+
+    def _take_over(self) -> None:
+        """From whoever listened before this was here; in the I/O thread, so that no event comes between."""
+        self._early.tell(self)
+        self._keeper.listen(self._sandbox_id, self, instead_of=self._early)
+
+    def told(self, event: Mapping[str, Any]) -> None:
+        """What the keeper tells; in the I/O thread."""
+        audience, kind = self._audience, event["event"]
+        assert audience is not None
+        if kind == "kernel_ended":
+            self._kernels.ended(event)
+        elif kind == "turn_wanted":
+            self._kernels.turn_wanted(event["kernel"])
+        elif kind == "turn_lost":
+            self._kernels.turn_lost(event["kernel"])
+        elif kind == "ending":
+            self._is_over = True
+            audience.over(event["why"])
+        elif kind == "tags":
+            audience.tagged(event["tags"])
+        elif kind == "lifetime":
+            audience.rescheduled(event["time_left"])
+        elif kind == "context":
+            audience.context_added(ContextSpec(**event["context"]))
+        elif kind == "context_deleted":
+            audience.context_deleted(event["context"])
+
+    def lost(self) -> None:
+        """The keeper is gone; in the I/O thread."""
+        self._kernels.lost()
+        if self._ends_at is not None:  # nobody else would end it
+            the_loop().call_at(self._ends_at, self._end_if_nobody_does)
+
+    def _end_if_nobody_does(self) -> None:
+        assert self._audience is not None
+        if not self._is_over and self._ends_at is not None and self._ends_at <= time.monotonic():
+            self._audience.over(self._why_it_ends)
+
+    def detach(self, *, keep: bool) -> None:
+        try:
+            self._keeper.ask_if_running("detach", sandbox=self._sandbox_id, keep=keep)
+        except UnknownSandboxError:
+            if keep:
+                raise SandboxConnectionError(
+                    f"{self._sandbox_id} cannot go on: its keeper is gone, and its kernels with it"
+                ) from None
+        self._is_over = True
+        self._keeper.forget(self._sandbox_id, self)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._record["tags"] = dict(tags)
+        self._ask("tags", tags=dict(tags))
+
+    def expire_in(self, seconds: float, why: str) -> None:
+        self._ends_at, self._why_it_ends = time.monotonic() + seconds, why
+        self._ask("lifetime", seconds=seconds, reason=why)
+
+    def delete_context(self, context_id: str) -> None:
+        self._ask("delete_context", context=context_id)
+
+    def ends(self, why: str, *, orderly: bool) -> None:
+        self._is_over = True
+        self._keeper.tell("end", sandbox=self._sandbox_id, why=why, orderly=orderly)
+
+    def remove(self) -> None:
+        if not self._sandbox_id:
+            return
+        try:
+            # Whoever else is attached was told by ends(); this waits until everything is gone.
+            self._keeper.ask_if_running(
+                "end", sandbox=self._sandbox_id, why="it was terminated", orderly=False
+            )
+        finally:
+            self._keeper.forget(self._sandbox_id, self)
+
+    # Kernels.
+
+    def launcher(self, spec: ContextSpec) -> Callable[[], KeptKernel]:
+        return lambda: self._launch(spec)
+
+    def _launch(self, spec: ContextSpec) -> KeptKernel:
+        keepers_lost = self._kernels.keepers_lost
+        try:
+            launch, why_not = self._how_to_start(spec), None
+        except SandboxError as error:  # which is no matter where it runs already
+            launch, why_not = None, error
+        try:
+            answer = self._ask("kernel", context=asdict(spec), launch=launch)
+        except GoneError as error:
+            raise (why_not or SandboxConnectionError(f"the context {spec.name!r} is gone: {error}")) from None
+        return KeptKernel(self._keeper, self._sandbox_id, self._kernels, keepers_lost, answer)
+
+    def _how_to_start(self, spec: ContextSpec) -> Mapping[str, object]:
+        """
+        Raises:
+            SandboxError: it cannot be started from here.
+        """
+        kernel = installed_kernels().get(spec.kernel_name)
+        if kernel is None:
+            raise SandboxConnectionError(f"there is no kernelspec {spec.kernel_name!r} for this program")
+        command = command_of(kernel)
+        environment = {**_environment(self._home, command[0]), **self.config.env_vars, **spec.env}
+        cwd = spec.cwd or self.config.working_dir
+        check_startable(kernel, command[0], environment["PATH"], cwd)
+        return {
+            "command": command,
+            "env": launch_environment(kernel, environment),
+            "cwd": cwd,
+            "interrupt_mode": kernel.kernel_spec.interrupt_mode,
+        }
 
 
-def _environment(home: Path, executable: str) -> dict[str, str]:
+class _Early:
+    """Hears what the keeper tells of a sandbox before there is one here."""
+
+    def __init__(self) -> None:
+        self._events: list[Mapping[str, Any] | None] = []
+
+    def told(self, event: Mapping[str, Any]) -> None:
+        self._events.append(event)
+
+    def lost(self) -> None:
+        self._events.append(None)
+
+    def tell(self, listener: LocalJupyter) -> None:
+        for event in self._events:
+            if event is None:
+                listener.lost()
+            else:
+                listener.told(event)
+        self._events.clear()
+
+
+def _keeper() -> KeeperClient:
+    root = runtime_root()
+    check_length(root)
+    return the_keeper(root)
+
+
+def _record_of(description: Mapping[str, Any]) -> Record:
+    about = description["about"]
+    return Record(
+        id=description["sandbox"],
+        name=about["name"],
+        tags=description["tags"],
+        settings=about["settings"],
+        created_at=about["created_at"],
+        time_left=description["time_left"],
+        isolation=about["isolation"],
+        contexts=[ContextSpec(**context) for context in description["contexts"]],
+        metadata={name: description[name] for name in ("programs", "detached", "kernels")},
+    )
+
+
+def _environment(home: str, executable: str) -> dict[str, str]:
     """Not the program's own: what it takes to run, and a home in the sandbox."""
     kept = {name: value for name, value in os.environ.items() if name in ("LANG", "TZ")}
     kept |= {name: value for name, value in os.environ.items() if name.startswith("LC_")}
     path = os.environ.get("PATH", os.defpath)
     if os.path.isabs(executable):
         path = f"{os.path.dirname(executable)}{os.pathsep}{path}"
-    return kept | {"PATH": path, "HOME": str(home)}
-
-
-def _write_connection_file(folder: Path, kernel_name: str) -> ConnectionInfo:
-    ports = {channel: number for number, channel in enumerate(_CHANNELS, start=1)}
-    connection = ConnectionInfo("ipc", str(folder / "s"), ports, secrets.token_hex(32))
-    content = {f"{channel}_port": number for channel, number in ports.items()} | {
-        "transport": connection.transport,
-        "ip": connection.ip,
-        "key": connection.key,
-        "signature_scheme": "hmac-sha256",
-        "kernel_name": kernel_name,
-    }
-    path = folder / "connection.json"
-    path.touch(mode=0o600)
-    path.write_text(json.dumps(content))
-    return connection
+    return kept | {"PATH": path, "HOME": home}
 
 
 def _bytes(name: str, value: object, *, default: int) -> int:
@@ -262,6 +460,6 @@ def _frames_of_this_package() -> int:
     """How many frames, from the caller up, lie between it and the program that uses this package."""
     frame = sys._getframe(1)
     count = 0
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("code_sandboxes."):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("code_sandboxes."):
         count, frame = count + 1, frame.f_back
     return count

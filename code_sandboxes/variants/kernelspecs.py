@@ -9,7 +9,6 @@ import logging
 import os
 import secrets
 import shutil
-import subprocess
 import sys
 from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ __all__ = [
     "kernel_named",
     "kernels_speaking",
     "known_languages",
-    "start_kernel",
+    "launch_environment",
 ]
 
 _log = logging.getLogger(__name__)
@@ -102,10 +101,12 @@ def kernels_speaking(language: str, specs: Mapping[str, InstalledKernel]) -> lis
     return sorted(names, key=lambda name: (name != "python3", name))
 
 
-def command_of(spec: InstalledKernel, connection_file: Path) -> list[str]:
-    """The kernelspec's command line (jupyter_client, "Kernel specs"), tuned where it starts ipykernel."""
+def command_of(spec: InstalledKernel) -> list[str]:
+    """The kernelspec's command line (jupyter_client, "Kernel specs"), tuned where it starts ipykernel.
+
+    ``{connection_file}`` is left in it: where that is is decided at each start.
+    """
     values = {
-        "connection_file": str(connection_file),
         "resource_dir": spec.kernel_spec.resource_dir,
         "prefix": sys.prefix,
     }
@@ -118,14 +119,14 @@ def command_of(spec: InstalledKernel, connection_file: Path) -> list[str]:
     return command
 
 
-def check_startable(spec: InstalledKernel, program: str, path: str, cwd: str) -> None:
+def check_startable(spec: InstalledKernel, program: str, path: str, cwd: str | None) -> None:
     """Say it better than the system would."""
     if shutil.which(program, path=path) is None:
         raise SandboxConnectionError(
             f"the kernel {spec.name!r} could not be started: its kernelspec in"
             f" {spec.kernel_spec.resource_dir} names the program {program!r}, which is not there"
         )
-    if not os.path.isdir(cwd):
+    if cwd is not None and not os.path.isdir(cwd):
         raise SandboxConnectionError(
             f"the kernel {spec.name!r} could not be started: there is no directory {cwd!r}"
         )
@@ -137,19 +138,13 @@ def _filled_in(argument: str, values: Mapping[str, str]) -> str:
     return argument
 
 
-def start_kernel(
-    spec: InstalledKernel, command: list[str], environment: dict[str, str], cwd: str
-) -> tuple[subprocess.Popen[bytes], int]:
-    """Start the process; returns it, and where its standard error can be read."""
-    read, write = os.pipe()
-    try:
-        process = _run_to_end(_provision(spec, command, environment, cwd, write))
-    except BaseException:
-        os.close(read)
-        raise
-    finally:
-        os.close(write)
-    return process, read
+def launch_environment(spec: InstalledKernel, environment: dict[str, str]) -> dict[str, str]:
+    """*environment* as jupyter_client's provisioner prepares it for this kernel.
+
+    Raises:
+        SandboxConfigurationError: the kernel is not one that a process of this machine runs.
+    """
+    return _run_to_end(_prepare(spec, environment))
 
 
 def _run_to_end(coroutine: Coroutine[object, None, T]) -> T:
@@ -163,9 +158,7 @@ def _run_to_end(coroutine: Coroutine[object, None, T]) -> T:
     raise RuntimeError("jupyter_client's local provisioner waited for something")
 
 
-async def _provision(
-    spec: InstalledKernel, command: list[str], environment: dict[str, str], cwd: str, stderr: int
-) -> subprocess.Popen[bytes]:
+async def _prepare(spec: InstalledKernel, environment: dict[str, str]) -> dict[str, str]:
     from jupyter_client.provisioning.factory import KernelProvisionerFactory
     from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
@@ -177,13 +170,5 @@ async def _provision(
             f"local-jupyter cannot run the kernelspec {spec.name!r}:"
             f" its provisioner {type(provisioner).__name__} does not start a process of this machine"
         )
-    arguments = await provisioner.pre_launch(env=environment, cwd=cwd)
-    await provisioner.launch_kernel(
-        command,
-        env=arguments["env"],
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=stderr,
-    )
-    return cast("subprocess.Popen[bytes]", provisioner.process)
+    arguments = await provisioner.pre_launch(env=environment)
+    return cast("dict[str, str]", arguments["env"])

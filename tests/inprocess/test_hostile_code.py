@@ -244,6 +244,7 @@ def test_a_cell_that_was_interrupted_does_not_go_on_in_a_later_one(sandbox: Sand
     assert (later.status, later.stdout) == ("ok", "")
 
 
+@pytest.mark.slow
 def test_code_that_swallows_its_cancellation_is_timed_out_or_abandoned(sandbox: Sandbox) -> None:
     once = "import asyncio\ntry: await asyncio.sleep(60)\nexcept asyncio.CancelledError: print('swallowed')"
     result = sandbox.run_code(once, timeout=0.2)
@@ -320,6 +321,7 @@ def test_a_run_is_cut_short_whatever_it_does_and_leaves_no_thread(busy: str, end
             assert sandbox.run_code("print('again')").stdout == "again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["terminate", "kill"])
 def test_code_may_end_the_sandbox_that_it_runs_in(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with after_all(), Sandbox.create("local-eval") as sandbox:
@@ -384,6 +386,7 @@ class Kept:
         Kept.alive -= 1
 
 
+@pytest.mark.slow
 def test_what_code_has_made_is_let_go_of_with_its_sandbox() -> None:
     with after_all(), Sandbox.create("local-eval") as sandbox:
         sandbox.run_code(

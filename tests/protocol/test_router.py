@@ -16,6 +16,7 @@ from code_sandboxes.protocol.events import (
     InputAsked,
     KernelReplaced,
     KernelStatus,
+    OthersRun,
     Replied,
     Started,
     Streamed,
@@ -84,7 +85,7 @@ def test_a_control_reply_answers_as_a_shell_reply_does(
     assert events(client.routes(reply)) == [Replied("ok", {"status": "ok"})]
 
 
-@pytest.mark.parametrize("msg_type", ["stream", "status", "error", "display_data", "clear_output"])
+@pytest.mark.parametrize("msg_type", ["stream", "error", "display_data", "clear_output"])
 def test_what_answers_another_client_is_nothing_to_us(
     client: ScriptedClient, kernel: ScriptedKernel, msg_type: str
 ) -> None:
@@ -96,6 +97,17 @@ def test_what_answers_another_client_is_nothing_to_us(
     finishes(client, kernel, ours)
     assert client.routes(kernel.says(msg_type, content, to=foreign)) == []
     assert not client.router.dropped
+
+
+def test_of_another_clients_runs_it_is_told_that_they_are_on(
+    client: ScriptedClient, kernel: ScriptedKernel
+) -> None:
+    run = ScriptedClient("somebody else").sends("execute_request")
+    question = ScriptedClient("somebody else").sends("kernel_info_request")
+    told = client.routes(
+        *(kernel.status(state, to=to) for to in (question, run) for state in ("busy", "idle"))
+    )
+    assert told == [(None, OthersRun(True)), (None, OthersRun(False))]
 
 
 def test_output_without_parent_belongs_to_the_run_that_is_on(
@@ -253,7 +265,7 @@ def test_a_replaced_kernel_is_noticed_by_any_message(client: ScriptedClient, ker
     client.routes(kernel.status("starting"))
     foreign = ScriptedClient("somebody else").sends("execute_request")
     replaced = ScriptedKernel("another process").status("busy", to=foreign)
-    assert client.routes(replaced) == [(None, KernelReplaced())]
+    assert client.routes(replaced) == [(None, KernelReplaced()), (None, OthersRun(True))]
 
 
 @pytest.mark.parametrize("session", [None, 1, ["kernel"], ""])
