@@ -140,14 +140,13 @@ class Front:
     def info(self) -> SandboxInfo:
         """What it is now."""
         core = self._core
-        return replace(info_of(self._variant, core.record()), created_at=core.created_at, status=core.status)
+        return replace(
+            info_of(self._variant, core.record(), core.config), created_at=core.created_at, status=core.status
+        )
 
 
-def info_of(variant: SandboxVariant, record: Record) -> SandboxInfo:
+def info_of(variant: SandboxVariant, record: Record, config: SandboxConfig) -> SandboxInfo:
     """*record* of a running sandbox as users see it."""
-    from code_sandboxes.config import SandboxConfig
-
-    config = SandboxConfig(**record.settings)
     return SandboxInfo(
         id=record.id,
         variant=variant,
@@ -185,9 +184,11 @@ def listing(
     Raises:
         ValueError: there is no such variant.
     """
+    from code_sandboxes.config import SandboxConfig
+
     variants = list(SandboxVariant) if variant is None else [known_variant(variant)]
     found = yield from find_all([variant_class(each) for each in variants], tags)
-    return [info_of(each.name, record) for each, record in found]
+    return [info_of(each.name, record, SandboxConfig(**record.settings)) for each, record in found]
 
 
 def known_variant(variant: SandboxVariant | str | None) -> SandboxVariant:

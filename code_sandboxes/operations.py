@@ -63,9 +63,12 @@ __all__ = [
     "OutputHandler",
     "Step",
     "Wait",
+    "drive_in_loop",
     "find",
     "find_all",
     "inside",
+    "log_failure",
+    "next_event",
     "running_inside",
 ]
 
@@ -279,7 +282,7 @@ class Core:
             if was_running:
                 # It goes on in the I/O thread, whatever becomes of the one who waits for it here.
                 self.status, self._why_ended = status, why
-                _drive_in_loop(the_loop(), ending(), lambda error: self._ended(over, error))
+                drive_in_loop(the_loop(), ending(), lambda error: self._ended(over, error))
                 self._must_end = False
             elif self.status is SandboxStatus.CREATED:
                 self.status, self._why_ended = status, why
@@ -315,7 +318,7 @@ class Core:
             held.kernel.leave(inbox, why)
             inboxes.append(inbox)
         for inbox in inboxes:
-            yield from _next_event(inbox)
+            yield from next_event(inbox)
         self._contexts.clear()
         _live.discard(self)
 
@@ -363,7 +366,7 @@ class Core:
     # What others do to it; in the I/O thread.
 
     def over(self, why: str) -> None:
-        _drive_in_loop(the_loop(), self.terminate(orderly=True, why=why), _log_failure)
+        drive_in_loop(the_loop(), self.terminate(orderly=True, why=why), log_failure)
 
     def tagged(self, tags: Mapping[str, str]) -> None:
         self.tags = dict(tags)
@@ -644,7 +647,7 @@ def _ask(run: Run, execution: Execution, request: InputRequest) -> Operation[Non
         run.kernel.answer(run, asked, answer)
 
 
-def _next_event(inbox: Inbox) -> Operation[Event]:
+def next_event(inbox: Inbox) -> Operation[Event]:
     while True:
         event = inbox.take()
         if event is not None:
@@ -661,7 +664,7 @@ def _in_worker(function: Callable[[], T], *, apart: bool = False) -> Operation[T
 
 
 def _until_got(inbox: Inbox) -> Operation[Any]:
-    event = yield from _next_event(inbox)
+    event = yield from next_event(inbox)
     assert isinstance(event, _Got)
     if event.error is not None:
         raise event.error
@@ -669,7 +672,7 @@ def _until_got(inbox: Inbox) -> Operation[Any]:
 
 
 def _until_ready(inbox: Inbox) -> Operation[None]:
-    event = yield from _next_event(inbox)
+    event = yield from next_event(inbox)
     if isinstance(event, StartFailed):
         raise event.error
     assert isinstance(event, Ready)
@@ -682,7 +685,7 @@ def _close(contexts: Iterable[_Held], sentence: str, *, orderly: bool) -> Operat
         held.kernel.close(inbox, sentence, orderly=orderly)
         inboxes.append(inbox)
     for inbox in inboxes:
-        event = yield from _next_event(inbox)
+        event = yield from next_event(inbox)
         assert isinstance(event, Ended)
 
 
@@ -690,9 +693,7 @@ def _in_order(streams: Iterable[Iterable[OutputMessage]]) -> list[OutputMessage]
     return sorted((message for stream in streams for message in stream), key=lambda m: m.timestamp)
 
 
-def _drive_in_loop(
-    loop: Loop, operation: Operation[object], then: Callable[[Exception | None], None]
-) -> None:
+def drive_in_loop(loop: Loop, operation: Operation[object], then: Callable[[Exception | None], None]) -> None:
     """Drive an operation that only waits, in the I/O thread itself; *then* is told how it ended."""
 
     is_over = False
@@ -717,7 +718,7 @@ def _drive_in_loop(
     loop.call_soon(advance)
 
 
-def _log_failure(error: Exception | None) -> None:
+def log_failure(error: Exception | None) -> None:
     if error is not None:
         _log.error("%s", error)
 
@@ -739,7 +740,7 @@ def _live_core(sandbox_id: str) -> Core | None:
 
 def _leave_what_was_attached(core: Core | None, error: Exception | None) -> None:
     if core is not None:
-        _drive_in_loop(the_loop(), core.program_ends(), _log_failure)
+        drive_in_loop(the_loop(), core.program_ends(), log_failure)
 
 
 def find(

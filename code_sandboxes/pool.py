@@ -7,7 +7,6 @@ ends go on by themselves, so it needs no lock, thread or task.
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import weakref
 from collections import deque
@@ -28,14 +27,12 @@ from code_sandboxes.errors import SandboxConnectionError, SandboxNotStartedError
 from code_sandboxes.front import Front, known_variant
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.info import SandboxStatus, SandboxVariant
-from code_sandboxes.operations import Core, Operation, Wait, _drive_in_loop
+from code_sandboxes.operations import Core, Operation, drive_in_loop, log_failure, next_event
 from code_sandboxes.protocol.events import Event
 from code_sandboxes.sandbox import _CLASSES, Sandbox, _drive
 from code_sandboxes.transports.loop import Timer, the_loop
 
 __all__ = ["AsyncSandboxPool", "SandboxPool"]
-
-_log = logging.getLogger(__name__)
 
 AnyPool = TypeVar("AnyPool", bound="SandboxPool")
 AnyAsyncPool = TypeVar("AnyAsyncPool", bound="AsyncSandboxPool")
@@ -272,7 +269,7 @@ class _Pool:
         self._alive.add(core)
         self._starting.add(core)
         core.on_end.append(lambda: self._ended(core))
-        _drive_in_loop(self._loop, core.start(), lambda error: self._started(core, error))
+        drive_in_loop(self._loop, core.start(), lambda error: self._started(core, error))
 
     def _started(self, core: Core, error: Exception | None) -> None:
         self._starting.discard(core)
@@ -293,7 +290,7 @@ class _Pool:
 
     def _look_at(self, core: Core) -> None:
         self._looked_at.add(core)
-        _drive_in_loop(self._loop, _check(core), lambda error: self._was_looked_at(core, error))
+        drive_in_loop(self._loop, _check(core), lambda error: self._was_looked_at(core, error))
 
     def _was_looked_at(self, core: Core, error: Exception | None) -> None:
         self._looked_at.discard(core)
@@ -308,7 +305,7 @@ class _Pool:
         self._serve()
 
     def _end(self, core: Core, why: str) -> None:
-        _drive_in_loop(self._loop, core.terminate(orderly=False, why=why), _log_failure)
+        drive_in_loop(self._loop, core.terminate(orderly=False, why=why), log_failure)
 
     def _ended(self, core: Core) -> None:
         if core not in self._alive:
@@ -341,7 +338,7 @@ class _Pool:
             self._waiters.remove(waiter)
             waiter.stop_clock()
             return
-        _log_failure(waiter.answered.error)
+        log_failure(waiter.answered.error)
         core = waiter.answered.core
         if core is not None and core in self._out:
             self._out.discard(core)
@@ -401,18 +398,10 @@ def _check(core: Core) -> Operation[None]:
 
 
 def _answer_in(inbox: Inbox) -> Operation[_Answer]:
-    while True:
-        event = inbox.take()
-        if event is not None:
-            assert isinstance(event, _Answer)
-            return event
-        yield Wait(inbox)
+    answer = yield from next_event(inbox)
+    assert isinstance(answer, _Answer)
+    return answer
 
 
 def _closed() -> SandboxNotStartedError:
     return SandboxNotStartedError("the pool is closed")
-
-
-def _log_failure(error: Exception | None) -> None:
-    if error is not None:
-        _log.error("%s", error)

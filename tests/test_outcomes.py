@@ -21,7 +21,7 @@ from code_sandboxes import (
     SandboxNotStartedError,
     SandboxTimeoutError,
 )
-from conftest import BUSY, BUSY_OR_WAITING, MakeSandbox
+from conftest import BUSY, BUSY_OR_WAITING, MakeSandbox, wait_until
 
 EVERY_FRONT = True
 FAST_VARIANT = "local-jupyter"
@@ -163,7 +163,7 @@ def test_a_kernel_killed_from_outside_is_reported_within_a_second(sandbox: Sandb
 def test_a_kernel_that_died_between_runs_is_told_by_the_next_one(sandbox: Sandbox) -> None:
     pid = int(sandbox.run_code("x = 1\nimport os; os.getpid()").text or 0)
     os.kill(pid, signal.SIGKILL)
-    _wait_until(lambda: not psutil.pid_exists(pid))
+    wait_until(lambda: not psutil.pid_exists(pid))
     result = sandbox.run_code("'x' in globals()")
 
     assert (result.status, result.text) == ("ok", "False")
@@ -233,7 +233,7 @@ def test_interrupt_while_the_kernel_is_starting_again_takes_the_run_out(sandbox:
     results: list[ExecutionResult] = []
     run = threading.Thread(target=lambda: results.append(sandbox.run_code("while True: pass", timeout=0)))
     run.start()
-    _wait_until(lambda: sandbox.interrupt())
+    wait_until(lambda: sandbox.interrupt())
     run.join(30)
 
     assert results[0].status in ("aborted", "interrupted")
@@ -346,7 +346,7 @@ def test_runs_that_wait_for_their_turn_when_the_sandbox_ends_were_not_run(sandbo
     second = threading.Thread(target=run, args=("second", "print(2)"))
     second.start()
     kernel = sandbox._core._contexts["default"].kernel
-    _wait_until(lambda: len(kernel._queue) == 1)
+    wait_until(lambda: len(kernel._queue) == 1)
     sandbox.kill()
     first.join(30)
     second.join(30)
@@ -408,11 +408,3 @@ def _with_short_grace() -> object:
     from code_sandboxes import SandboxConfig
 
     return SandboxConfig(interrupt_grace=0.7)
-
-
-def _wait_until(condition: object, seconds: float = 30.0) -> None:
-    assert callable(condition)
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, "it never happened"
-        time.sleep(0.01)

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError
 from code_sandboxes.forks import in_forked_child
-from code_sandboxes.keeper.lines import LONGEST, PEER, PROTOCOL, Lines, as_line, start_time
+from code_sandboxes.keeper.lines import LONGEST, Lines, as_line, start_time
+from code_sandboxes.keeper.places import folder_prefix, locked, log_of, peer_of
 from code_sandboxes.transports.loop import the_loop
 
 __all__ = ["GoneError", "KeeperClient", "Listener", "UnknownSandboxError", "the_keeper"]
@@ -195,7 +196,10 @@ class KeeperClient:
     @property
     def has_rivals(self) -> bool:
         """There are keepers that speak another protocol, for another version of this library."""
-        return any(not folder.name.startswith(f"k{PROTOCOL}-") for folder in self.root.glob("k*-????"))
+        return any(
+            not folder.name.startswith(folder_prefix())
+            for folder in self.root.glob(f"{folder_prefix('*')}????")
+        )
 
     def request(self, verb: str, then: Callable[[Answer | None], None], **fields: object) -> None:
         """Ask a running keeper, without waiting; *then* gets None if there is none. In the I/O thread."""
@@ -289,11 +293,11 @@ class KeeperClient:
 
     def _find(self) -> socket.socket | None:
         """A connection to a keeper that answers."""
-        for folder in sorted(self.root.glob(f"k{PROTOCOL}-????")):
+        for folder in sorted(self.root.glob(f"{folder_prefix()}????")):
             connection = socket.socket(socket.AF_UNIX)
             try:
                 _connect(connection, str(folder / "s"))
-                if _is_ours(connection) and self._is_welcome(connection):
+                if peer_of(connection)[1] == os.geteuid() and self._is_welcome(connection):
                     return connection
             except TimeoutError:
                 connection.close()
@@ -330,31 +334,22 @@ class KeeperClient:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
         """Hold the lock of the runtime folder: one at a time starts a keeper."""
-        import fcntl  # which Windows does not have
-
-        lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            give_up = time.monotonic() + _PATIENCE_WITH_START
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > give_up:
-                        raise SandboxConnectionError(
-                            f"some program has held the lock of {self.root} for {_PATIENCE_WITH_START:g} s"
-                        ) from None
-                    time.sleep(0.01)
-            yield lock
-            fcntl.flock(lock, fcntl.LOCK_UN)  # by name: a forked child may have the descriptor, too
-        finally:
-            os.close(lock)
+        give_up = time.monotonic() + _PATIENCE_WITH_START
+        while time.monotonic() < give_up:
+            with locked(self.root) as lock:
+                if lock is not None:
+                    yield lock
+                    return
+            time.sleep(0.01)
+        raise SandboxConnectionError(
+            f"some program has held the lock of {self.root} for {_PATIENCE_WITH_START:g} s"
+        )
 
     def _silent(self) -> SandboxConnectionError:
         return SandboxConnectionError(f"the keeper of local kernels does not answer; {self._see_log()}")
 
     def _see_log(self) -> str:
-        return f"its log is {self.root / 'keeper.log'}"
+        return f"its log is {log_of(self.root)}"
 
 
 def _connect(connection: socket.socket, path: str) -> None:
@@ -404,14 +399,6 @@ def _unusable(why: str) -> SandboxConfigurationError:
     )
 
 
-def _is_ours(connection: socket.socket) -> bool:
-    """Is it this user who listens there?"""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return True  # macOS: nobody else can enter the folder
-    _, uid, _ = PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
-    return bool(uid == os.geteuid())
-
-
 def _checked(answer: Answer) -> Answer:
     """*answer*, if it is none that an error is in."""
     error = answer.get("error")
@@ -426,7 +413,6 @@ _ERRORS: Mapping[str, type[Exception]] = {
     "unknown": UnknownSandboxError,
     "gone": GoneError,
     "value": ValueError,
-    "configuration": SandboxConfigurationError,
     "connection": SandboxConnectionError,
 }
 

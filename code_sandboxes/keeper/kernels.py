@@ -220,10 +220,10 @@ class Observer:
     """Hears from a kernel when runs begin and end, and can tell when it has come to the end of what it does.
 
     Args:
-        changed: called with whether a run is on, when that has changed.
+        changed: called when a run has begun, and when it is over.
     """
 
-    def __init__(self, loop: Loop, kernel: HostedKernel, changed: Callable[[bool], None]) -> None:
+    def __init__(self, loop: Loop, kernel: HostedKernel, changed: Callable[[], None]) -> None:
         from code_sandboxes.transports.zmq import ConnectionInfo, ZmqTransport
 
         class StatusTransport(ZmqTransport):
@@ -266,4 +266,4 @@ class Observer:
             if done is not None:
                 done()
         elif message.msg_type == "status" and message.parent_header.get("msg_type") == "execute_request":
-            self._changed(message.content.get("execution_state") == "busy")
+            self._changed()

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import json
 import socket
-import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from code_sandboxes.transports.loop import Loop
 
-__all__ = ["LONGEST", "PEER", "PROTOCOL", "Lines", "as_line", "start_time"]
+__all__ = ["LONGEST", "PROTOCOL", "Lines", "as_line", "start_time"]
 
 PROTOCOL = 1
 """Changes whenever a program and a keeper that do not agree on it would misunderstand each other."""
-
-PEER = struct.Struct("3i")
-"""SO_PEERCRED (unix(7)): the other side's process, user and group as they were when it connected."""
 
 LONGEST = 16 * 1024**2
 """Bytes of one line; who says more is hung up on."""

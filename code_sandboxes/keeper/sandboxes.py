@@ -137,7 +137,6 @@ class _Kept:
         self.kernel = kernel
         self.turn = _Turn(sandbox_id, number)
         self.users: set[Program] = set()
-        self.busy = False
         self.observer: Observer | None = None
 
     def close_observer(self) -> None:
@@ -215,7 +214,6 @@ class KeptSandbox:
             "time_left": left,
             "contexts": [context.about for context in self._contexts.values()],
             "home": str(self._folder / "home"),
-            "folder": str(self._folder),
             "programs": len(self._programs),
             "detached": self._detached,
             "kernels": len(self._running),
@@ -388,7 +386,6 @@ class KeptSandbox:
             return
         context.kept = None
         del self._running[kept.number]
-        kept.busy = False
         kept.close_observer()
         kept.turn.close()
         self._host.reaper.release_group(kept.kernel.pid)
@@ -484,12 +481,8 @@ class KeptSandbox:
         observer.when_done(done)
 
     def _observe(self, kept: _Kept) -> Observer:
-        def changed(busy: bool) -> None:
-            kept.busy = busy
-            self._touch()
-
         if kept.observer is None:
-            kept.observer = Observer(self._loop, kept.kernel, changed)
+            kept.observer = Observer(self._loop, kept.kernel, self._touch)
         return kept.observer
 
     def _touch(self) -> None:

@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from code_sandboxes.keeper.kernels import LEASE, raise_descriptor_limit
-from code_sandboxes.keeper.lines import PEER, PROTOCOL, Lines, start_time
+from code_sandboxes.keeper.lines import PROTOCOL, Lines, start_time
+from code_sandboxes.keeper.places import folder_prefix, locked, log_of, peer_of
 from code_sandboxes.keeper.sandboxes import KeptSandbox, RefusedError, Reply
 from code_sandboxes.reaper import Reaper, remove_tree
 from code_sandboxes.transports.loop import Loop
 
-__all__ = ["Keeper", "folder_prefix", "log_of", "main"]
+__all__ = ["Keeper", "main"]
 
 _log = logging.getLogger(__name__)
 
@@ -40,15 +41,6 @@ _log = logging.getLogger(__name__)
 _LINGER = 1.0
 
 _LOG_SIZE = 256 * 1024
-
-
-def folder_prefix(protocol: int | str = PROTOCOL) -> str:
-    """How the names of the folders of keepers begin that speak *protocol*."""
-    return f"k{protocol}-"
-
-
-def log_of(root: Path) -> Path:
-    return root / "keeper.log"
 
 
 class _Connection:
@@ -145,7 +137,7 @@ class Keeper:
             self.loop.remove_reader(self._listener.fileno())
             self.loop.call_later(_LINGER, self._listen)
             return
-        pid, uid = _peer_of(connection)
+        pid, uid = peer_of(connection)
         if uid != os.geteuid():
             _log.error("refused a connection of user %d", uid)
             connection.close()
@@ -295,8 +287,8 @@ class Keeper:
             self._leave()
             return
         # Who looks for a keeper has this lock: nobody is to find one that is about to end.
-        with _locked(self._root) as is_locked:
-            if not is_locked:
+        with locked(self._root) as lock:
+            if lock is None:
                 self.loop.call_later(_LINGER, self._end_itself)
                 return
             self._stop_listening()
@@ -313,35 +305,11 @@ class Keeper:
         self.has_ended.set()
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Any:
-    """Hold the lock of *folder*; gives whether nobody else has it."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    finally:
-        os.close(fd)
-
-
-def _peer_of(connection: socket.socket) -> tuple[int, int]:
-    """The process and the user at the other end."""
-    if hasattr(socket, "SO_PEERCRED"):
-        pid, uid, _ = PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
-        return pid, uid
-    return 0, os.geteuid()  # macOS: nobody else can enter the folder that the socket is in
-
-
 def _remove_what_dead_keepers_left(root: Path) -> None:
     """They were killed, and so was what watched them."""
     for folder in root.glob(folder_prefix("[0-9]*") + "????"):
-        with _locked(folder) as is_dead:
-            if is_dead:
+        with locked(folder) as lock:
+            if lock is not None:  # its keeper is dead
                 for lease in folder.glob(f"[0-9]*/[0-9]*/{LEASE}"):
                     _end_leased(lease)
                 with contextlib.suppress(OSError):

@@ -7,22 +7,15 @@ import logging
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from code_sandboxes import Sandbox, SandboxConfig
+from conftest import wait_until
 from tests.inprocess.test_races import after_all
 
 IN_TIME = 30.0
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + IN_TIME
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 # Code that is interrupted while it opens an event loop leaves that to the garbage collector, which tells.
