@@ -57,7 +57,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         variants = [pytest.param(str(v), marks=(pytest.mark.slow,) if str(v) in slow else ()) for v in chosen]
         metafunc.parametrize("variant", variants, scope="session")
     if "front" in metafunc.fixturenames:
-        fronts: tuple[str, ...] = FRONTS if getattr(metafunc.module, "EVERY_FRONT", False) else FRONTS[:1]
+        every = getattr(metafunc.module, "EVERY_FRONT", False)
+        fronts: tuple[str, ...] = FRONTS if every is True else every or FRONTS[:1]
         if metafunc.definition.get_closest_marker("callbacks"):
             fronts = tuple(front for front in fronts if front != "iterator")
         # One front is enough for a first answer; the others are the whole suite's.

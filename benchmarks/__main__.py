@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from benchmarks.contestant import ContestantError
+from benchmarks.files import measure_busy, measure_files
 from benchmarks.imports import measure_imports
 from benchmarks.life import measure_fresh_program, measure_life
 from benchmarks.output import measure_latency, measure_throughput
@@ -26,6 +27,8 @@ _SECTIONS: dict[str, Callable[[Scale, bool], None]] = {
     "imports": lambda scale, peer: measure_imports(scale, peer=peer),
     "latency": lambda scale, _: measure_latency(scale),
     "throughput": lambda scale, _: measure_throughput(scale),
+    "files": lambda scale, peer: measure_files(scale, peer=peer),
+    "busy": lambda scale, _: measure_busy(scale),
 }
 
 

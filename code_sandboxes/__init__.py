@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from code_sandboxes.commands import ProcessHandle, ProcessLines, SandboxCommands
 from code_sandboxes.errors import (
     ContextNotFoundError,
     SandboxConfigurationError,
@@ -11,8 +12,12 @@ from code_sandboxes.errors import (
     SandboxIsolationWarning,
     SandboxNotFoundError,
     SandboxNotStartedError,
+    SandboxSerializationError,
     SandboxTimeoutError,
+    VariableNotFoundError,
 )
+from code_sandboxes.file_info import FileInfo, FileType, FileWatchEvent, FileWatchEventType
+from code_sandboxes.files import FileWatcher, SandboxFileHandle, SandboxFilesystem
 from code_sandboxes.info import (
     Capabilities,
     Capability,
@@ -21,7 +26,7 @@ from code_sandboxes.info import (
     SandboxStatus,
     SandboxVariant,
 )
-from code_sandboxes.operations import OutputHandler
+from code_sandboxes.process_info import CommandResult, ProcessInfo
 from code_sandboxes.results import (
     CodeError,
     Context,
@@ -35,8 +40,11 @@ from code_sandboxes.results import (
     Result,
 )
 from code_sandboxes.sandbox import CodeStream, LocalEvalSandbox, LocalJupyterSandbox, Sandbox
+from code_sandboxes.steps import OutputHandler
 
 if TYPE_CHECKING:
+    from code_sandboxes.async_commands import AsyncProcessHandle, AsyncProcessLines, AsyncSandboxCommands
+    from code_sandboxes.async_files import AsyncFileWatcher, AsyncSandboxFileHandle, AsyncSandboxFilesystem
     from code_sandboxes.async_sandbox import (
         AsyncCodeStream,
         AsyncLocalEvalSandbox,
@@ -48,19 +56,31 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncCodeStream",
+    "AsyncFileWatcher",
     "AsyncLocalEvalSandbox",
     "AsyncLocalJupyterSandbox",
+    "AsyncProcessHandle",
+    "AsyncProcessLines",
     "AsyncSandbox",
+    "AsyncSandboxCommands",
+    "AsyncSandboxFileHandle",
+    "AsyncSandboxFilesystem",
     "AsyncSandboxPool",
     "Capabilities",
     "Capability",
     "CodeError",
     "CodeStream",
+    "CommandResult",
     "Context",
     "ContextNotFoundError",
     "ExecutionError",
     "ExecutionResult",
     "ExecutionStatus",
+    "FileInfo",
+    "FileType",
+    "FileWatchEvent",
+    "FileWatchEventType",
+    "FileWatcher",
     "InputRequest",
     "LocalEvalSandbox",
     "LocalJupyterSandbox",
@@ -68,22 +88,30 @@ __all__ = [
     "MIMEType",
     "OutputHandler",
     "OutputMessage",
+    "ProcessHandle",
+    "ProcessInfo",
+    "ProcessLines",
     "ResourceConfig",
     "Result",
     "Sandbox",
+    "SandboxCommands",
     "SandboxConfig",
     "SandboxConfigurationError",
     "SandboxConnectionError",
     "SandboxError",
     "SandboxExecutionError",
+    "SandboxFileHandle",
+    "SandboxFilesystem",
     "SandboxInfo",
     "SandboxIsolationWarning",
     "SandboxNotFoundError",
     "SandboxNotStartedError",
     "SandboxPool",
+    "SandboxSerializationError",
     "SandboxStatus",
     "SandboxTimeoutError",
     "SandboxVariant",
+    "VariableNotFoundError",
 ]
 
 
@@ -97,7 +125,8 @@ def __getattr__(name: str) -> object:
 
         return getattr(pool, name)
     if name.startswith("Async") and name in __all__:  # so do these
-        from code_sandboxes import async_sandbox
+        from code_sandboxes import async_commands, async_files, async_sandbox
 
-        return getattr(async_sandbox, name)
+        modules = (async_sandbox, async_files, async_commands)
+        return next(getattr(each, name) for each in modules if hasattr(each, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,32 +10,22 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
-import inspect
-import time
+import os
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping
-from functools import partial
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import code_sandboxes.config
 import code_sandboxes.variants.eval
 import code_sandboxes.variants.jupyter  # noqa: F401  (see above)
+from code_sandboxes import package_operations, variable_operations
+from code_sandboxes.async_commands import AsyncSandboxCommands
+from code_sandboxes.async_files import AsyncSandboxFilesystem
+from code_sandboxes.awaiting import documented_by as _documented_by, drive, resumption
 from code_sandboxes.front import Front, finding, known_variant, listing
-from code_sandboxes.inbox import Inbox
 from code_sandboxes.info import SandboxInfo, SandboxStatus, SandboxVariant
-from code_sandboxes.operations import (
-    LEFT,
-    SILENT,
-    Ask,
-    Emit,
-    Handlers,
-    Operation,
-    OutputHandler,
-    Step,
-    Wait,
-    inside,
-)
+from code_sandboxes.process_info import CommandResult
 from code_sandboxes.results import (
     Context,
     ExecutionError,
@@ -45,6 +35,7 @@ from code_sandboxes.results import (
     Result,
 )
 from code_sandboxes.sandbox import CodeStream, Sandbox
+from code_sandboxes.steps import LEFT, Emit, Handlers, Operation, OutputHandler
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
@@ -53,15 +44,6 @@ __all__ = ["AsyncCodeStream", "AsyncLocalEvalSandbox", "AsyncLocalJupyterSandbox
 
 T = TypeVar("T")
 AsyncSandboxT = TypeVar("AsyncSandboxT", bound="AsyncSandbox")
-AnyCallable = TypeVar("AnyCallable", bound=Callable[..., object])
-
-
-def _documented_by(original: object) -> Callable[[AnyCallable], AnyCallable]:
-    def document(method: AnyCallable) -> AnyCallable:
-        method.__doc__ = original.__doc__
-        return method
-
-    return document
 
 
 class AsyncSandbox(Front):
@@ -111,7 +93,7 @@ class AsyncSandbox(Front):
     @staticmethod
     @_documented_by(Sandbox.from_id)
     async def from_id(id: str, **options: object) -> AsyncSandbox:
-        core = await _drive(finding(id, options))
+        core = await drive(finding(id, options))
         return _CLASSES[core.variant.name]._around(core)
 
     @staticmethod
@@ -119,7 +101,7 @@ class AsyncSandbox(Front):
     async def list(
         variant: SandboxVariant | str | None = None, tags: Mapping[str, str] | None = None
     ) -> builtins.list[SandboxInfo]:
-        return await _drive(listing(variant, tags))
+        return await drive(listing(variant, tags))
 
     def __reduce__(self) -> tuple[Callable[[str], AsyncSandbox], tuple[str]]:
         self._core.check_running()
@@ -129,34 +111,34 @@ class AsyncSandbox(Front):
 
     @_documented_by(Sandbox.start)
     async def start(self: AsyncSandboxT) -> AsyncSandboxT:
-        await _drive(self._core.start())
+        await drive(self._core.start())
         return self
 
     @_documented_by(Sandbox.terminate)
     async def terminate(self) -> bool:
-        return await _drive(self._core.terminate(orderly=True))
+        return await drive(self._core.terminate(orderly=True))
 
     stop = close = terminate
 
     @_documented_by(Sandbox.kill)
     async def kill(self) -> bool:
-        return await _drive(self._core.terminate(orderly=False, why="it was killed"))
+        return await drive(self._core.terminate(orderly=False, why="it was killed"))
 
     @_documented_by(Sandbox.detach)
     async def detach(self) -> None:
-        await _drive(self._core.detach())
+        await drive(self._core.detach())
 
     @_documented_by(Sandbox.set_timeout)
     async def set_timeout(self, seconds: float) -> None:
-        await _drive(self._core.set_timeout(seconds))
+        await drive(self._core.set_timeout(seconds))
 
     @_documented_by(Sandbox.set_tags)
     async def set_tags(self, tags: Mapping[str, str]) -> None:
-        await _drive(self._core.set_tags(tags))
+        await drive(self._core.set_tags(tags))
 
     @_documented_by(Sandbox.restart)
     async def restart(self) -> None:
-        await _drive(self._core.restart())
+        await drive(self._core.restart())
 
     async def __aenter__(self: AsyncSandboxT) -> AsyncSandboxT:
         if self._core.status is SandboxStatus.CREATED:
@@ -185,6 +167,7 @@ class AsyncSandbox(Front):
         on_result: Callable[[Result], object] | None = None,
         on_error: Callable[[ExecutionError], object] | None = None,
         on_input: Callable[[InputRequest], str | Awaitable[str]] | None = None,
+        envs: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> ExecutionResult:
         handlers = Handlers(on_stdout, on_stderr, on_result, on_error, on_input).check()
@@ -192,11 +175,12 @@ class AsyncSandbox(Front):
             code,
             language=language,
             context=context,
+            envs=envs,
             timeout=timeout,
             listen=handlers.listen,
             allow_stdin=on_input is not None,
         )
-        return await _drive(operation, handlers)
+        return await drive(operation, handlers)
 
     @_documented_by(Sandbox.run_code_streaming)
     def run_code_streaming(
@@ -206,12 +190,14 @@ class AsyncSandbox(Front):
         language: str | None = None,
         context: Context | str | None = None,
         on_input: Callable[[InputRequest], str | Awaitable[str]] | None = None,
+        envs: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> AsyncCodeStream:
         operation = self._core.run_code(
             code,
             language=language,
             context=context,
+            envs=envs,
             timeout=timeout,
             listen=True,
             allow_stdin=on_input is not None,
@@ -221,6 +207,57 @@ class AsyncSandbox(Front):
     @_documented_by(Sandbox.interrupt)
     async def interrupt(self, context: Context | str | None = None) -> bool:
         return self._core.interrupt(context)
+
+    # Variables.
+
+    @_documented_by(Sandbox.get_variable)
+    async def get_variable(self, name: str, *, context: Context | str | None = None) -> Any:
+        return await drive(variable_operations.get_variable(self._core, name, context))
+
+    @_documented_by(Sandbox.set_variable)
+    async def set_variable(self, name: str, value: object, *, context: Context | str | None = None) -> None:
+        await drive(variable_operations.set_variables(self._core, {name: value}, context))
+
+    @_documented_by(Sandbox.set_variables)
+    async def set_variables(
+        self, variables: Mapping[str, object], *, context: Context | str | None = None
+    ) -> None:
+        await drive(variable_operations.set_variables(self._core, variables, context))
+
+    # Packages.
+
+    @_documented_by(Sandbox.install_packages)
+    async def install_packages(
+        self,
+        packages: Sequence[str],
+        *,
+        timeout: float | None = None,
+        context: Context | str | None = None,
+    ) -> CommandResult:
+        return await drive(package_operations.install_packages(self._core, packages, timeout, context))
+
+    @_documented_by(Sandbox.install_requirements)
+    async def install_requirements(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        timeout: float | None = None,
+        context: Context | str | None = None,
+    ) -> CommandResult:
+        return await drive(package_operations.install_requirements(self._core, path, timeout, context))
+
+    # Files.
+
+    @property
+    def files(self) -> AsyncSandboxFilesystem:
+        return AsyncSandboxFilesystem(self._core)
+
+    files.__doc__ = Sandbox.files.__doc__
+
+    @property
+    def commands(self) -> AsyncSandboxCommands:
+        """Its commands; they work while code runs."""
+        return AsyncSandboxCommands(self._core)
 
     # Contexts.
 
@@ -233,7 +270,7 @@ class AsyncSandbox(Front):
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
     ) -> Context:
-        return await _drive(self._core.create_context(name, language=language, cwd=cwd, env=env))
+        return await drive(self._core.create_context(name, language=language, cwd=cwd, env=env))
 
     @_documented_by(Sandbox.list_contexts)
     async def list_contexts(self) -> builtins.list[Context]:
@@ -241,11 +278,11 @@ class AsyncSandbox(Front):
 
     @_documented_by(Sandbox.restart_context)
     async def restart_context(self, context: Context | str) -> None:
-        await _drive(self._core.restart_context(context))
+        await drive(self._core.restart_context(context))
 
     @_documented_by(Sandbox.delete_context)
     async def delete_context(self, context: Context | str) -> None:
-        await _drive(self._core.delete_context(context))
+        await drive(self._core.delete_context(context))
 
 
 class AsyncLocalEvalSandbox(AsyncSandbox):
@@ -343,7 +380,7 @@ class AsyncCodeStream:
                         raise
                     step = self._operation.send(None)
                 else:
-                    step = (await _resumption(step, self._handlers))(self._operation)
+                    step = (await resumption(step, self._handlers))(self._operation)
         except StopIteration as stop:
             self._result = stop.value
         finally:
@@ -354,66 +391,6 @@ class AsyncCodeStream:
         try:
             step = self._operation.throw(LEFT)
             while True:
-                step = (await _resumption(step, self._handlers))(self._operation)
+                step = (await resumption(step, self._handlers))(self._operation)
         except StopIteration as stop:
             self._result = stop.value
-
-
-async def _drive(operation: Operation[T], handlers: Handlers = SILENT) -> T:
-    """Run *operation* to its end, awaiting where it waits."""
-    try:
-        step = next(operation)
-        while True:
-            step = (await _resumption(step, handlers))(operation)
-    except StopIteration as stop:
-        value: T = stop.value
-        return value
-
-
-async def _resumption(step: Step, handlers: Handlers) -> Callable[[Operation[T]], Step]:
-    """How an operation goes on after *step*; not done here, since its end cannot leave a coroutine."""
-    try:
-        answer = await _perform(step, handlers)
-    except BaseException as error:  # the operation decides what becomes of it, a cancellation too
-        return partial(_throw, error)
-    return lambda operation: operation.send(answer)
-
-
-def _throw(error: BaseException, operation: Operation[T]) -> Step:
-    return operation.throw(error)
-
-
-async def _perform(step: Step, handlers: Handlers) -> object:
-    if isinstance(step, Wait):
-        await _wait(step.inbox, step.until)
-        return None
-    with inside(step.run):
-        answer = handlers.call(step.request if isinstance(step, Ask) else step.output)
-        return await answer if inspect.isawaitable(answer) else answer
-
-
-async def _wait(inbox: Inbox, until: float | None) -> None:
-    """Return when something may have been put into *inbox*, or at *until*."""
-    loop = asyncio.get_running_loop()
-    arrived = loop.create_future()
-
-    def wake() -> None:
-        if not arrived.done():
-            arrived.set_result(None)
-
-    def wake_from_io_thread() -> None:
-        if not arrived.done():
-            try:
-                loop.call_soon_threadsafe(wake)
-            except RuntimeError:  # the event loop is closed: nobody waits any more
-                return
-
-    inbox.notify(wake_from_io_thread)
-    timer = None if until is None else loop.call_later(max(0.0, until - time.monotonic()), wake)
-    try:
-        # What was put before notify() has woken nobody.
-        if inbox.is_empty:
-            await arrived
-    finally:
-        if timer is not None:
-            timer.cancel()

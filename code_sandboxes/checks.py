@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-__all__ = ["check_number", "check_seconds", "check_str", "check_str_mapping"]
+__all__ = ["check_environment", "check_number", "check_seconds", "check_str", "check_str_mapping"]
 
 
 def check_seconds(name: str, value: object) -> float:
@@ -58,3 +58,24 @@ def check_str_mapping(name: str, value: object) -> dict[str, str]:
         if not isinstance(item, str):
             raise TypeError(f"{name} must map str to str, not {type(item).__name__}")
     return dict(value)
+
+
+def check_environment(name: str, value: object) -> dict[str, str]:
+    """*value* as environment variables; none for None.
+
+    Raises:
+        TypeError: it is not a mapping from str to str.
+        ValueError: no system has such a variable.
+    """
+    variables = check_str_mapping(name, value)
+    for variable, text in variables.items():
+        if not variable or "=" in variable or "\0" in variable:
+            raise ValueError(f"{name} has a variable {variable!r}: a name is not empty, without '=' and NUL")
+        if "\0" in text:
+            raise ValueError(f"{name} has a NUL in the value of {variable!r}")
+        for each in (variable, text):
+            try:
+                each.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:
+                raise ValueError(f"{name} has in {variable!r} what cannot be encoded") from None
+    return variables

@@ -10,6 +10,8 @@
      +-- SandboxTimeoutError         (TimeoutError)     a run took longer than its timeout, or a pool had none
      +-- SandboxExecutionError       (RuntimeError)     the code of a run failed
      +-- ContextNotFoundError        (LookupError)      no context of that name or id
+     +-- VariableNotFoundError       (LookupError)      no variable of that name
+     +-- SandboxSerializationError   (TypeError)        a value cannot go into a sandbox, or come out of it
 
 Code that fails inside a sandbox raises nothing: its error is a value, ``result.error``;
 ``result.raise_for_status()`` makes it one of the three in the middle, with the result attached.
@@ -21,6 +23,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from code_sandboxes.process_info import CommandResult
     from code_sandboxes.results import ExecutionResult
 
 __all__ = [
@@ -32,7 +35,9 @@ __all__ = [
     "SandboxIsolationWarning",
     "SandboxNotFoundError",
     "SandboxNotStartedError",
+    "SandboxSerializationError",
     "SandboxTimeoutError",
+    "VariableNotFoundError",
 ]
 
 
@@ -53,9 +58,9 @@ class SandboxNotFoundError(SandboxError, LookupError):
 
 
 class _RunError(SandboxError):
-    """A run that did not succeed; *result* is all it produced."""
+    """A run, or a command, that did not succeed; *result* is all it produced."""
 
-    def __init__(self, message: str, result: ExecutionResult | None = None) -> None:
+    def __init__(self, message: str, result: ExecutionResult | CommandResult | None = None) -> None:
         super().__init__(message)
         self.result = result
 
@@ -82,6 +87,22 @@ class ContextNotFoundError(SandboxError, LookupError):
 
     def __str__(self) -> str:
         return f"no context {self.context!r} in this sandbox (known: {', '.join(self.known) or 'none'})"
+
+
+class VariableNotFoundError(SandboxError, LookupError):
+    """The context has no such variable."""
+
+    def __init__(self, variable: str, context: str) -> None:
+        self.variable = variable
+        self.context = context
+        super().__init__(variable, context)
+
+    def __str__(self) -> str:
+        return f"no variable {self.variable!r} in the context {self.context!r}"
+
+
+class SandboxSerializationError(SandboxError, TypeError):
+    """A value is of a type that is not transferred, or contains one; or what came is no value."""
 
 
 class SandboxIsolationWarning(UserWarning):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from code_sandboxes.checks import check_number, check_str, check_str_mapping
 from code_sandboxes.info import Capabilities, ResourceConfig, SandboxInfo, SandboxStatus, SandboxVariant
-from code_sandboxes.operations import Core, Operation, find, find_all
+from code_sandboxes.operations import Core, find, find_all
 from code_sandboxes.results import Logs
+from code_sandboxes.steps import Operation
 from code_sandboxes.variants.base import Record, Variant
 
 if TYPE_CHECKING:
@@ -133,8 +134,8 @@ class Front:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it can do."""
-        return self._core.variant.capabilities()
+        """What it can do; when it runs, as its kernel says it."""
+        return self._core.capabilities
 
     @property
     def info(self) -> SandboxInfo:

@@ -11,7 +11,16 @@ from code_sandboxes.results import Text
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
-__all__ = ["Capabilities", "Capability", "ResourceConfig", "SandboxInfo", "SandboxStatus", "SandboxVariant"]
+__all__ = [
+    "NO_SUBSHELLS",
+    "NO_SYSTEM_PACKAGES",
+    "Capabilities",
+    "Capability",
+    "ResourceConfig",
+    "SandboxInfo",
+    "SandboxStatus",
+    "SandboxVariant",
+]
 
 
 class SandboxVariant(Text):
@@ -82,6 +91,16 @@ class Capability:
         return "yes" if self.supported else f"no: {self.reason}"
 
 
+NO_SYSTEM_PACKAGES = Capability(
+    False, "they would be installed on this machine itself; use local-docker"
+)
+
+NO_SUBSHELLS = Capability(
+    False,
+    "the kernel has no subshells, so files and commands wait for the end of the code; install ipykernel 7",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a variant can do on this machine, one field for each thing in which variants differ.
@@ -96,6 +115,7 @@ class Capabilities:
         interrupt_blocked: code that waits in the system (a sleep, a socket) reacts to an interrupt, and code
             that reacts to none can be ended, at the cost of its state.
         subshells: files and commands work while code runs.
+        system_packages: the sandbox has an operating system of its own, for which packages can be installed.
     """
 
     languages: tuple[str, ...]
@@ -105,6 +125,7 @@ class Capabilities:
     magics: Capability
     interrupt_blocked: Capability
     subshells: Capability
+    system_packages: Capability
     network_none: Capability
     network_allowlist: Capability
     memory_limit: Capability

@@ -19,6 +19,8 @@ from datetime import datetime, timezone
 from enum import Enum
 
 from code_sandboxes.errors import SandboxConnectionError, SandboxError, SandboxNotStartedError
+from code_sandboxes.guest.comms import FEATURE
+from code_sandboxes.guest_link import Channel, GuestCall, GuestLink, Refused
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.kernel_process import KernelInfo, KernelProcess, Limits, Transport
 from code_sandboxes.protocol.events import (
@@ -125,7 +127,7 @@ class Kernel:
         self._current: Run | None = None
         self._waiting_for_start: list[Inbox] = []
         self._waiting_for_end: list[Inbox] = []
-        self._handshake_id = ""
+        self._handshake_ids: set[str] = set()
         self._heard_iopub = self._welcomed = False
         self._start_timer: Timer | None = None
         self._last_message = 0.0
@@ -133,6 +135,8 @@ class Kernel:
         self._claiming = self._leaving = self._others_run = self._too_late = False
         self._loss_to_tell: Died | None = None
         self._releasing = 0
+        self._link: GuestLink | None = None
+        self._calls_waiting: list[GuestCall] = []
         self._death_unreported = False
         self._background = Outputs(self.displays, _BACKGROUND_LIMIT)
         self._background_lock = threading.Lock()
@@ -181,6 +185,22 @@ class Kernel:
     def abandon(self, run: Run) -> None:
         """Nobody will see the result of *run*: if variables were lost in it, the next one tells."""
         self._loop.call_soon(lambda: self._abandon(run))
+
+    def call(self, call: GuestCall) -> None:
+        """Call a function of its guest; the inbox of the call gets what it returns."""
+        self._loop.call_soon(lambda: self._call(call))
+
+    def cancel_call(self, call: GuestCall) -> None:
+        """Nobody waits for its answer any more."""
+        self._loop.call_soon(lambda: self._cancel_call(call))
+
+    def grant(self, channel: Channel, credit: int) -> None:
+        """So many more bytes may come on *channel*."""
+        self._loop.call_soon(lambda: self._link.grant(channel, credit) if self._link else None)
+
+    def close_channel(self, channel: Channel) -> None:
+        """Nobody listens to *channel* any more."""
+        self._loop.call_soon(lambda: self._link.close_channel(channel) if self._link else None)
 
     def close(self, inbox: Inbox, sentence: str, *, orderly: bool) -> None:
         """End it for good; *inbox* gets :class:`Ended`. Runs are cut short, *sentence* tells them why."""
@@ -255,6 +275,7 @@ class Kernel:
         self._session = _new_session()
         self._router = Router(self._session)
         self._heard_iopub = self._welcomed = self._others_run = False
+        self._handshake_ids.clear()
         self.info = None
         self._transport = self._process.transport(
             self._loop, self._session.session_id, self._receive, self._limits.max_message
@@ -264,13 +285,19 @@ class Kernel:
 
     def _shake_hands(self) -> None:
         request = self._session.message("shell", "kernel_info_request")
-        self._handshake_id = request.msg_id
-        self._send(request, expect=True)
+        self._ask_who_it_is(request)
+        if self._process is not None and not self._process.is_fresh:
+            # It may be busy with what others run in it; on control it answers nevertheless, if it can.
+            self._ask_who_it_is(self._session.message("control", "kernel_info_request"))
         self._loop.call_later(_HANDSHAKE_RETRY, lambda: self._shake_hands_again(request))
+
+    def _ask_who_it_is(self, request: Message) -> None:
+        self._handshake_ids.add(request.msg_id)
+        self._send(request, expect=True)
 
     def _shake_hands_again(self, request: Message) -> None:
         # A kernel without iopub_welcome: ask until what it publishes about that is heard.
-        waiting = self._state is _State.STARTING and request.msg_id == self._handshake_id
+        waiting = self._state is _State.STARTING and request.msg_id in self._handshake_ids
         if waiting and self.info is not None:
             self._shake_hands()
         elif waiting:
@@ -290,8 +317,13 @@ class Kernel:
         # What was printed before there was a subscription is nobody's.
         self._router.published = self._process.written()
         _cancel(self._start_timer)
+        self._link = GuestLink(
+            self._loop, self._session, self.info, self._send, self._router.comm_opened, self._router.forget
+        )
         for inbox in self._take_waiting_for_start():
             inbox.put(Ready())
+        for call in self._take_calls():
+            self._link.call(call)
         self._advance()
 
     def _start_took_too_long(self) -> None:
@@ -305,8 +337,40 @@ class Kernel:
             inbox.put(StartFailed(error))
         for run in self._take_queue():
             run.inbox.put(NotRun(f"not run: {error}"))
+        self._refuse_calls(error)
         if self._closing:
             self._closed()
+
+    # Calls of the guest.
+
+    def _call(self, call: GuestCall) -> None:
+        if self._closing:
+            call.inbox.put(Refused(call, SandboxNotStartedError(f"{self._name} was terminated")))
+        elif self._loss_to_tell is not None:
+            loss, self._loss_to_tell = self._loss_to_tell, None
+            self._death_unreported = True
+            call.inbox.put(Refused(call, SandboxConnectionError(loss.sentence)))
+        elif self._link is not None and not self._dying:
+            self._link.call(call)
+        else:
+            self._calls_waiting.append(call)
+            if self._state in (_State.NEW, _State.DEAD):
+                self._launch()
+
+    def _cancel_call(self, call: GuestCall) -> None:
+        if call in self._calls_waiting:
+            self._calls_waiting.remove(call)
+        elif self._link is not None:
+            self._link.cancel(call)
+
+    def _refuse_calls(self, error: Exception) -> None:
+        for call in self._take_calls():
+            call.inbox.put(Refused(call, error))
+
+    def _unlink(self, error: Exception) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            link.lost(error)
 
     # Runs.
 
@@ -347,12 +411,18 @@ class Kernel:
         self._advance()
 
     def _begin(self, run: Run) -> None:
+        if run.metadata and (self.info is None or FEATURE not in self.info.supported_features):
+            # It would run the code and leave out what was asked for with it.
+            run.inbox.put(NotRun(f"not run: {self._name} cannot set environment variables for one run"))
+            self._rest()
+            self._advance()
+            return
         self._current = run
         if self._death_unreported:
             self._death_unreported = False
             run.inbox.put(KernelReplaced(), wake=False)
             run.lost_state = True
-        request = self._session.message("shell", "execute_request", run.content)
+        request = self._session.message("shell", "execute_request", run.content, metadata=run.metadata)
         run.msg_id = request.msg_id
         if run.timeout is not None:
             run.deadline = self._loop.call_later(run.timeout, lambda: self._time_out(run))
@@ -386,6 +456,9 @@ class Kernel:
             self._router.forget(msg_id)
         self._current = None
         run.inbox.put(event)
+        self._rest()
+
+    def _rest(self) -> None:
         if self._process is not None:
             self._process.rest()
 
@@ -479,8 +552,10 @@ class Kernel:
             elif run is not None and recipient in run.poke_ids:
                 if isinstance(event, Done) and run.settling is not None:
                     self._over_without_reply(run)
-            elif recipient == self._handshake_id:
+            elif recipient in self._handshake_ids:
                 self._shaken_hands(event)
+            elif self._link is not None:
+                self._link.receive(recipient, event)
         if message.channel == "iopub" and not self._heard_iopub:
             self._heard_iopub = True
             self._ready_if_complete()
@@ -545,6 +620,7 @@ class Kernel:
         self._reconnect()
 
     def _reconnect(self) -> None:
+        self._unlink(SandboxConnectionError("the connection to the kernel was lost"))
         self._close_transport()
         self._state = _State.STARTING
         self._reconnecting = True
@@ -581,6 +657,8 @@ class Kernel:
         self._dying = self._claiming = self._others_run = False
         if self._state is _State.READY:
             self._recover_output(process)
+        sentence = process.why_lost or f"the kernel {_how_it_died(process.exit_code())}"
+        self._unlink(SandboxConnectionError(sentence))
         self._close_transport()
         self._release(process)
         if self._closing:
@@ -619,7 +697,7 @@ class Kernel:
             self._current.lost_state = True
             self._death_unreported = self._current.abandoned
             self._finish(self._current, Died(sentence, code, process.output(), process.how_killed))
-        if self._waiting_for_start:
+        if self._waiting_for_start or self._calls_waiting:
             self._launch()
         else:
             self._advance()
@@ -662,6 +740,8 @@ class Kernel:
                 run.inbox.put(NotRun(f"not run: {sentence}"))
             for waiting in self._take_waiting_for_start():
                 waiting.put(StartFailed(SandboxNotStartedError(sentence)))
+            self._refuse_calls(SandboxNotStartedError(sentence))
+            self._unlink(SandboxNotStartedError(sentence))
         if self._process is not None:
             self._end_process(self._process, orderly)
         elif self._state is not _State.STARTING:
@@ -676,6 +756,8 @@ class Kernel:
         _cancel(self._start_timer)
         if self._current is not None:
             self._finish(self._current, ConnectionLost(sentence))
+        if self._link is not None:
+            self._link.close()
         process.leave()
         self._state = _State.DEAD
         self._close(inbox, sentence, orderly=True)
@@ -710,6 +792,10 @@ class Kernel:
         runs = list(self._queue)
         self._queue.clear()
         return runs
+
+    def _take_calls(self) -> list[GuestCall]:
+        calls, self._calls_waiting = self._calls_waiting, []
+        return calls
 
     def _take_waiting_for_start(self) -> list[Inbox]:
         inboxes, self._waiting_for_start = self._waiting_for_start, []

@@ -12,167 +12,67 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from code_sandboxes.checks import check_seconds, check_str, check_str_mapping
+from code_sandboxes.checks import check_environment, check_seconds, check_str, check_str_mapping
 from code_sandboxes.errors import (
     ContextNotFoundError,
+    SandboxConfigurationError,
     SandboxConnectionError,
     SandboxError,
     SandboxNotFoundError,
     SandboxNotStartedError,
 )
 from code_sandboxes.forks import in_forked_child
+from code_sandboxes.guest.calls import wire_path
+from code_sandboxes.guest.comms import SUBSHELLS, TARGET
+from code_sandboxes.guest_calls import Guest
 from code_sandboxes.inbox import Inbox
-from code_sandboxes.info import SandboxStatus
+from code_sandboxes.info import NO_SUBSHELLS, Capabilities, Capability, SandboxStatus
 from code_sandboxes.kernel import Ended, Kernel, Ready, StartFailed
 from code_sandboxes.kernel_process import Limits
 from code_sandboxes.protocol.calls import Execution, Shown
-from code_sandboxes.protocol.events import Event
 from code_sandboxes.results import (
     Context,
-    ExecutionError,
     ExecutionResult,
     InputRequest,
     Logs,
     OutputMessage,
     Printed,
-    Result,
 )
 from code_sandboxes.runs import Run
-from code_sandboxes.transports.loop import Loop, the_loop
+from code_sandboxes.steps import (
+    Ask,
+    Emit,
+    Got,
+    LeftEarly,
+    Operation,
+    Wait,
+    drive_in_loop,
+    in_worker,
+    log_failure,
+    next_event,
+    running_inside,
+    until_got,
+)
+from code_sandboxes.transports.loop import the_loop
 from code_sandboxes.variants.base import ContextSpec, Record, Variant
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
-__all__ = [
-    "LEFT",
-    "SILENT",
-    "Ask",
-    "Core",
-    "Emit",
-    "Handlers",
-    "LeftEarly",
-    "Operation",
-    "Output",
-    "OutputHandler",
-    "Step",
-    "Wait",
-    "drive_in_loop",
-    "find",
-    "find_all",
-    "inside",
-    "log_failure",
-    "next_event",
-    "running_inside",
-]
+__all__ = ["Core", "find", "find_all", "live_cores"]
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
+DEFAULT = "default"
+"""The context of runs that name none."""
 
 # Who gives a run up (Ctrl-C, a cancellation) waits so many seconds for its end. It is stopped, by force if
 # need be, whether anybody waits or not, and the next run on its context begins after that.
 _PATIENCE = 1.0
-
-Output = OutputMessage | Result | ExecutionError
-"""What a run produces, as its caller sees it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Come back when *inbox* has something, or at *until* (monotonic seconds)."""
-
-    inbox: Inbox
-    until: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """Give *output* of *run* to whoever listens."""
-
-    output: Output
-    run: Run
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Come back with the answer to *request*."""
-
-    request: InputRequest
-    run: Run
-
-
-Step = Wait | Emit | Ask
-Operation = Generator[Step, object, T]
-
-OutputHandler = Callable[[OutputMessage], object]
-
-running_inside: ContextVar[frozenset[Run]] = ContextVar("running_inside", default=frozenset())
-"""The runs in whose callbacks the caller is; those that were told to the end do not count any more."""
-
-
-class LeftEarly(BaseException):
-    """The iterator over a run was left before its end."""
-
-
-LEFT = LeftEarly()
-
-
-@contextmanager
-def inside(run: Run) -> Iterator[None]:
-    """A callback of *run* is being called."""
-    token = running_inside.set(running_inside.get() | {run})
-    try:
-        yield
-    finally:
-        running_inside.reset(token)
-
-
-@dataclass(frozen=True, slots=True)
-class Handlers:
-    """The callbacks of one run."""
-
-    on_stdout: OutputHandler | None = None
-    on_stderr: OutputHandler | None = None
-    on_result: Callable[[Result], object] | None = None
-    on_error: Callable[[ExecutionError], object] | None = None
-    on_input: Callable[[InputRequest], object] | None = None
-
-    def check(self) -> Handlers:
-        """Itself, if what is given can be called.
-
-        Raises:
-            TypeError: it cannot.
-        """
-        for name in self.__slots__:
-            handler = getattr(self, name)
-            if handler is not None and not callable(handler):
-                raise TypeError(f"{name} must be a function, not {type(handler).__name__}")
-        return self
-
-    @property
-    def listen(self) -> bool:
-        return any((self.on_stdout, self.on_stderr, self.on_result, self.on_error))
-
-    def call(self, output: Output | InputRequest) -> object:
-        """Give *output* to the callback that is meant for it."""
-        if isinstance(output, OutputMessage):
-            handler = self.on_stderr if output.error else self.on_stdout
-            return handler(output) if handler else None
-        if isinstance(output, Result):
-            return self.on_result(output) if self.on_result else None
-        if isinstance(output, ExecutionError):
-            return self.on_error(output) if self.on_error else None
-        return self.on_input(output) if self.on_input else None
-
-
-SILENT = Handlers()
 
 
 class _Held:
@@ -181,14 +81,6 @@ class _Held:
     def __init__(self, context: Context, kernel: Kernel) -> None:
         self.context = context
         self.kernel = kernel
-
-
-@dataclass(frozen=True, slots=True)
-class _Got(Event):
-    """What was asked for in another thread."""
-
-    value: object
-    error: Exception | None
 
 
 class Core:
@@ -230,7 +122,7 @@ class Core:
         self.created_at = time.time()
         record = replace(self.record(), time_left=self.config.max_lifetime or None)
         try:
-            yield from _in_worker(lambda: self.variant.prepare(record, self))
+            yield from in_worker(lambda: self.variant.prepare(record, self))
             yield from self._started(self._default_context(None))
         except BaseException:
             try:
@@ -287,11 +179,11 @@ class Core:
             elif self.status is SandboxStatus.CREATED:
                 self.status, self._why_ended = status, why
         if was_running:
-            yield from _until_got(over)
+            yield from until_got(over)
         return was_running
 
     def _ended(self, over: Inbox, error: Exception | None) -> None:
-        over.put(_Got(None, error))
+        over.put(Got(None, error))
         for tell in self.on_end:
             tell()
 
@@ -304,7 +196,7 @@ class Core:
 
     def _let_go(self, why: str, *, keep: bool) -> Operation[None]:
         try:
-            yield from _in_worker(lambda: self.variant.detach(keep=keep))
+            yield from in_worker(lambda: self.variant.detach(keep=keep))
         except SandboxError as error:
             self.status, self._why_ended = SandboxStatus.STOPPED, str(error)
             raise
@@ -324,7 +216,7 @@ class Core:
 
     def _remove(self) -> Operation[None]:
         try:
-            yield from _in_worker(self.variant.remove, apart=True)
+            yield from in_worker(self.variant.remove, apart=True)
         except OSError as error:
             raise SandboxConnectionError(
                 f"{self.id} has ended, but not all could be removed: {error}"
@@ -336,14 +228,14 @@ class Core:
         self.check_running()
         seconds = check_seconds("seconds", seconds)
         why = f"the {seconds:g} s that set_timeout() gave it are over"
-        yield from _in_worker(lambda: self.variant.expire_in(seconds, why), apart=True)
+        yield from in_worker(lambda: self.variant.expire_in(seconds, why), apart=True)
         self.rescheduled(seconds)
 
     def set_tags(self, tags: Mapping[str, str]) -> Operation[None]:
         tags = check_str_mapping("tags", tags)
         if self.status is not SandboxStatus.CREATED:
             self.check_running()
-            yield from _in_worker(lambda: self.variant.set_tags(tags), apart=True)
+            yield from in_worker(lambda: self.variant.set_tags(tags), apart=True)
         self.tags = tags
 
     @property
@@ -418,6 +310,7 @@ class Core:
         *,
         language: str | None,
         context: Context | str | None,
+        envs: Mapping[str, str] | None = None,
         timeout: float | None,
         listen: bool,
         allow_stdin: bool,
@@ -431,16 +324,36 @@ class Core:
             raise TypeError(f"code must be a str, not {type(code).__name__}")
         check_str("language", language)
         seconds = self.config.timeout if timeout is None else check_seconds("timeout", timeout)
+        environment = check_environment("envs", envs)
         held = self._resolve(context, language)
+        if environment:
+            self._check_can_set_environment(held)
         if any(run.kernel is held.kernel and not run.told for run in running_inside.get()):
             raise RuntimeError(
                 f"run_code() on the context {held.context.name!r} from inside a callback of its own run"
                 " would wait for itself; use another context"
             )
-        return self._run(held, code, seconds, listen=listen, allow_stdin=allow_stdin)
+        return self._run(held, code, environment, seconds, listen=listen, allow_stdin=allow_stdin)
+
+    def _check_can_set_environment(self, held: _Held) -> None:
+        can = self.variant.capabilities().environment
+        if not can:
+            raise self.variant.refuse("set environment variables for one run (envs=)", can.reason)
+        if held.context.language != "python":
+            raise SandboxConfigurationError(
+                f"envs= is for Python, and the context {held.context.name!r} speaks {held.context.language};"
+                " create_context(env=...) sets environment variables for good"
+            )
 
     def _run(
-        self, held: _Held, code: str, seconds: float, *, listen: bool, allow_stdin: bool
+        self,
+        held: _Held,
+        code: str,
+        environment: Mapping[str, str],
+        seconds: float,
+        *,
+        listen: bool,
+        allow_stdin: bool,
     ) -> Operation[ExecutionResult]:
         execution = Execution(
             code,
@@ -452,7 +365,10 @@ class Core:
             started_at=time.time(),
         )
         inbox = Inbox(self.variant.max_output)
-        run = Run(held.kernel, execution.content, seconds or None, inbox, listen=listen)
+        envs = [[wire_path(name), wire_path(value)] for name, value in environment.items()]
+        metadata = {TARGET: {"envs": envs}} if envs else None
+        content = execution.content
+        run = Run(held.kernel, content, seconds or None, inbox, metadata=metadata, listen=listen)
         held.kernel.execute(run)
         return (yield from _follow(run, execution, listen=listen))
 
@@ -470,6 +386,46 @@ class Core:
     def background_output(self) -> Logs:
         logs = [held.kernel.background_output for held in list(self._contexts.values())]
         return Logs(_in_order(log.stdout for log in logs), _in_order(log.stderr for log in logs))
+
+    # Files, commands and variables.
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do, as its kernel says it where that is known."""
+        told = self.variant.capabilities()
+        held = self._contexts.get(DEFAULT)
+        info = None if held is None else held.kernel.info
+        if info is None or info.language != "python":
+            return told
+        has_subshells = SUBSHELLS in info.supported_features
+        return replace(told, subshells=Capability(True) if has_subshells else NO_SUBSHELLS)
+
+    def guest(self, context: Context | str | None = None) -> Guest:
+        """What serves the files and commands of *context*: its own kernel, if that speaks Python.
+
+        Raises:
+            SandboxNotStartedError: the sandbox is not running.
+            ContextNotFoundError: there is no such context.
+        """
+        self.check_running()
+        held = self._resolve(context, None)
+        if held.context.language == "python":
+            return Guest(held.kernel, None)
+        return Guest(self._default_context("python").kernel, held.context.cwd or "")
+
+    def python(self, context: Context | str | None, what: str) -> tuple[Context, Guest]:
+        """A context that speaks Python, and what serves it; *what* is there for Python only.
+
+        Raises:
+            SandboxConfigurationError: it speaks another language.
+        """
+        self.check_running()
+        held = self._resolve(context, None)
+        if held.context.language != "python":
+            raise SandboxConfigurationError(
+                f"{what} are for Python, and the context {held.context.name!r} speaks {held.context.language}"
+            )
+        return held.context, Guest(held.kernel, None)
 
     # Contexts.
 
@@ -511,7 +467,7 @@ class Core:
         yield from _close([held], f"the context {held.context.name!r} was deleted", orderly=True)
         with self._lock:
             self._contexts.pop(held.context.id, None)
-        yield from _in_worker(lambda: self.variant.delete_context(held.context.id))
+        yield from in_worker(lambda: self.variant.delete_context(held.context.id))
 
     def _resolve(self, context: Context | str | None, language: str | None) -> _Held:
         if context is None:
@@ -533,7 +489,7 @@ class Core:
         """The context of runs that name none: one for each language, made when it is first asked for."""
         kernel_name = self.variant.kernel_name(language)
         is_default = kernel_name == self.variant.kernel_name(None)
-        context_id = "default" if is_default else f"default-{kernel_name}"
+        context_id = DEFAULT if is_default else f"{DEFAULT}-{kernel_name}"
         with self._lock:
             held = self._contexts.get(context_id)
             if held is None:
@@ -547,7 +503,7 @@ class Core:
         context_id = os.urandom(4).hex()
         with self._lock:
             name = context_id if name is None else name
-            if name == "default" or name.startswith("default-"):
+            if name == DEFAULT or name.startswith(f"{DEFAULT}-"):
                 raise ValueError(f"the name {name!r} is kept for the contexts of runs that name none")
             if any(name in (held.context.name, held.context.id) for held in self._contexts.values()):
                 raise ValueError(f"there is a context {name!r} already")
@@ -647,30 +603,6 @@ def _ask(run: Run, execution: Execution, request: InputRequest) -> Operation[Non
         run.kernel.answer(run, asked, answer)
 
 
-def next_event(inbox: Inbox) -> Operation[Event]:
-    while True:
-        event = inbox.take()
-        if event is not None:
-            return event
-        yield Wait(inbox)
-
-
-def _in_worker(function: Callable[[], T], *, apart: bool = False) -> Operation[T]:
-    """What *function*, which may block, returns in another thread."""
-    inbox = Inbox()
-    the_loop().run_blocking(function, lambda value, error: inbox.put(_Got(value, error)), apart=apart)
-    value: T = yield from _until_got(inbox)
-    return value
-
-
-def _until_got(inbox: Inbox) -> Operation[Any]:
-    event = yield from next_event(inbox)
-    assert isinstance(event, _Got)
-    if event.error is not None:
-        raise event.error
-    return event.value
-
-
 def _until_ready(inbox: Inbox) -> Operation[None]:
     event = yield from next_event(inbox)
     if isinstance(event, StartFailed):
@@ -691,36 +623,6 @@ def _close(contexts: Iterable[_Held], sentence: str, *, orderly: bool) -> Operat
 
 def _in_order(streams: Iterable[Iterable[OutputMessage]]) -> list[OutputMessage]:
     return sorted((message for stream in streams for message in stream), key=lambda m: m.timestamp)
-
-
-def drive_in_loop(loop: Loop, operation: Operation[object], then: Callable[[Exception | None], None]) -> None:
-    """Drive an operation that only waits, in the I/O thread itself; *then* is told how it ended."""
-
-    is_over = False
-
-    def advance() -> None:
-        nonlocal is_over
-        if is_over:  # it was woken once more than it waited
-            return
-        try:
-            for step in operation:
-                if isinstance(step, Wait):
-                    step.inbox.notify(lambda: loop.call_soon(advance))
-                    if step.inbox.is_empty:
-                        return
-        except Exception as error:  # whatever it is belongs to the one who asked
-            is_over = True
-            then(error)
-        else:
-            is_over = True
-            then(None)
-
-    loop.call_soon(advance)
-
-
-def log_failure(error: Exception | None) -> None:
-    if error is not None:
-        _log.error("%s", error)
 
 
 _live: set[Core] = set()
@@ -768,7 +670,7 @@ def find(
         return core
 
     try:
-        core = yield from _in_worker(attach)
+        core = yield from in_worker(attach)
     except BaseException:  # given up: nobody will let go of it
         the_loop().run_blocking(lambda: _live_core(sandbox_id) if made[0] else None, _leave_what_was_attached)
         raise
@@ -783,7 +685,7 @@ def find_all(
     found: list[tuple[type[Variant], Record]] = []
     for variant_class in variant_classes:
         if variant_class.has_registry:
-            records = yield from _in_worker(variant_class.all, apart=True)
+            records = yield from in_worker(variant_class.all, apart=True)
         else:
             records = [core.record() for core in live_cores() if type(core.variant) is variant_class]
         found += [(variant_class, record) for record in records if wanted <= record.tags.items()]

@@ -16,20 +16,18 @@ from itertools import islice
 from types import TracebackType
 from typing import TypeVar
 
-from code_sandboxes.async_sandbox import (
-    _CLASSES as _ASYNC_CLASSES,
-    AsyncSandbox,
-    _documented_by,
-    _drive as _drive_async,
-)
+from code_sandboxes import awaiting, blocking
+from code_sandboxes.async_sandbox import _CLASSES as _ASYNC_CLASSES, AsyncSandbox
+from code_sandboxes.awaiting import documented_by as _documented_by
 from code_sandboxes.checks import check_seconds
 from code_sandboxes.errors import SandboxConnectionError, SandboxNotStartedError, SandboxTimeoutError
 from code_sandboxes.front import Front, known_variant
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.info import SandboxStatus, SandboxVariant
-from code_sandboxes.operations import Core, Operation, drive_in_loop, log_failure, next_event
+from code_sandboxes.operations import Core
 from code_sandboxes.protocol.events import Event
-from code_sandboxes.sandbox import _CLASSES, Sandbox, _drive
+from code_sandboxes.sandbox import _CLASSES, Sandbox
+from code_sandboxes.steps import Operation, drive_in_loop, log_failure, next_event
 from code_sandboxes.transports.loop import Timer, the_loop
 
 __all__ = ["AsyncSandboxPool", "SandboxPool"]
@@ -81,7 +79,7 @@ class SandboxPool:
             SandboxConnectionError: one could not be started. Each failure is told once; another start is
                 on its way.
         """
-        return self._class._around(_drive(self._pool.acquire(timeout)))
+        return self._class._around(blocking.drive(self._pool.acquire(timeout)))
 
     def release(self, sandbox: Sandbox) -> None:
         """End *sandbox* and start another one in its place; one that has ended by itself may be given, too.
@@ -89,11 +87,11 @@ class SandboxPool:
         Raises:
             ValueError: it is not from this pool, or was released before.
         """
-        _drive(self._pool.release(sandbox))
+        blocking.drive(self._pool.release(sandbox))
 
     def close(self) -> None:
         """End all sandboxes of the pool, also those that are handed out or starting; who waits is told."""
-        _drive(self._pool.close())
+        blocking.drive(self._pool.close())
 
     def __enter__(self: AnyPool) -> AnyPool:
         return self
@@ -122,15 +120,15 @@ class AsyncSandboxPool:
 
     @_documented_by(SandboxPool.acquire)
     async def acquire(self, timeout: float | None = None) -> AsyncSandbox:
-        return self._class._around(await _drive_async(self._pool.acquire(timeout)))
+        return self._class._around(await awaiting.drive(self._pool.acquire(timeout)))
 
     @_documented_by(SandboxPool.release)
     async def release(self, sandbox: AsyncSandbox) -> None:
-        await _drive_async(self._pool.release(sandbox))
+        await awaiting.drive(self._pool.release(sandbox))
 
     @_documented_by(SandboxPool.close)
     async def close(self) -> None:
-        await _drive_async(self._pool.close())
+        await awaiting.drive(self._pool.close())
 
     async def __aenter__(self: AnyAsyncPool) -> AnyAsyncPool:
         return self

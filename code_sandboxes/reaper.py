@@ -1,4 +1,4 @@
-"""End the kernels of a program that was killed, and remove their folders.
+"""End the kernels of a program that was killed, and all that they started, and remove their folders.
 
 A program that ends in any orderly way does this itself. One that is killed with SIGKILL cannot: a second,
 small process watches it, told beforehand what to end. Both sides of their conversation are in this file:
@@ -9,6 +9,7 @@ script, isolated from any installation, so nothing but the standard library is i
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -18,11 +19,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Collection
 
-__all__ = ["Reaper", "remove_tree"]
+__all__ = ["MARK", "Reaper", "end_marked", "remove_tree"]
 
-# How long to try to remove a folder in which something is still being written.
+MARK = "CODE_SANDBOXES_KERNEL"
+"""The environment variable by which a kernel, and whatever comes of it, is known: the kernel's folder."""
+
+# How long to try to remove a folder in which something is still being written, or to end what still forks.
 _PERSISTENCE = 3.0
+
+# One that forks and ends while a look is on is missed by it, and so is its child: that is for the next look.
+_LOOKS_IN_VAIN = 3
+
+# How many to kill before waiting for their end: each takes a descriptor.
+_AT_ONCE = 200
+
+_MUCH = 128 * 1024
 
 
 class Reaper:
@@ -93,7 +106,7 @@ def _start() -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd="/",
-        env={},
+        env={},  # without a mark: if the program runs in a kernel, this ends after it and its keeper
         start_new_session=True,  # Ctrl-C in a terminal must not end it before the program
     )
 
@@ -136,9 +149,106 @@ def _end(groups: list[int], folders: list[str]) -> None:
     for group in groups:
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
+    with contextlib.suppress(OSError):  # the folders must go all the same
+        end_marked(folders)
     for folder in folders:
         with contextlib.suppress(OSError):  # the next one must go all the same
             remove_tree(folder)
+
+
+def end_marked(folders: Collection[str]) -> None:
+    """Kill whatever kernels started whose folders are among *folders* or below them, and wait for its end.
+
+    It may be in a session of its own, and who started it long gone: its environment tells (proc(5),
+    ``environ``). What was started with another one is not found, nor what does not end for a while. Where
+    nobody tells, which is anywhere but on Linux, killing the groups of the kernels is all there is.
+
+    Raises:
+        OSError: there are too few descriptors to look.
+    """
+    if not hasattr(os, "pidfd_open") or not os.path.exists("/proc/self/environ"):
+        return
+    search = _Search(folders)
+    give_up = time.monotonic() + _PERSISTENCE
+    in_vain = 0
+    while in_vain < _LOOKS_IN_VAIN and time.monotonic() < give_up:
+        in_vain = 0 if search.finds_any() else in_vain + 1
+        search.wait_for_the_killed(give_up)
+
+
+class _Search:
+    """Looks at every process of this user, and kills the marked ones."""
+
+    def __init__(self, folders: Collection[str]) -> None:
+        self._folders = {os.fsencode(folder) for folder in folders}
+        self._user = os.geteuid()
+        self._others = {os.getpid()}  # not marked, or not there any more
+        self._bare: set[int] = set()
+        self._killed: dict[int, int] = {}  # by the descriptors that tell their end
+
+    def finds_any(self) -> bool:
+        """Look at all that are there, but for those that an earlier look has settled."""
+        for process in {int(name) for name in os.listdir("/proc") if name.isdecimal()} - self._others:
+            if len(self._killed) < _AT_ONCE:
+                self._look_at(process)
+        return bool(self._killed)
+
+    def wait_for_the_killed(self, give_up: float) -> None:
+        poll = select.poll()
+        for pidfd in self._killed:
+            poll.register(pidfd, select.POLLIN)
+        waiting = len(self._killed)
+        while waiting and time.monotonic() < give_up:
+            for pidfd, _ in poll.poll(100):
+                poll.unregister(pidfd)
+                self._others.add(self._killed[pidfd])
+                waiting -= 1
+        for pidfd in self._killed:
+            os.close(pidfd)
+        self._killed.clear()
+
+    def _look_at(self, process: int) -> None:
+        try:
+            if self._is_marked(process):
+                self._kill(process)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):  # it has ended, or it is not ours to look at
+                self._others.add(process)
+            elif not self._killed:  # else there will be more when those have ended
+                raise
+
+    def _kill(self, process: int) -> None:
+        pidfd = os.pidfd_open(process)
+        self._killed[pidfd] = process
+        if self._is_marked(process):  # still: the number is not another's since
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        else:
+            del self._killed[pidfd]
+            os.close(pidfd)
+
+    def _is_marked(self, process: int) -> bool:
+        environment = self._environment(process)
+        mark = (b"\0" + environment).partition(b"\0%b=" % MARK.encode())[2].partition(b"\0")[0]
+        if mark and any(mark == folder or mark.startswith(folder + b"/") for folder in self._folders):
+            return True
+        # In the middle of execve(2) it has none yet (fs/proc/base.c, environ_read): it gets a second look.
+        if environment or process in self._bare:
+            self._others.add(process)
+        self._bare.add(process)
+        return False
+
+    def _environment(self, process: int) -> bytes:
+        fd = os.open(f"/proc/{process}/environ", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_uid != self._user:
+                raise PermissionError
+            environment = part = os.read(fd, _MUCH)
+            while len(part) == _MUCH:
+                part = os.read(fd, _MUCH)
+                environment += part
+            return environment
+        finally:
+            os.close(fd)
 
 
 def remove_tree(folder: str) -> None:

@@ -28,6 +28,7 @@ class Run:
         content: of the ``execute_request``.
         timeout: seconds from when the kernel gets it; None waits for ever.
         inbox: where its events go.
+        metadata: of the ``execute_request``; only for a kernel that has the guest.
         listen: whether somebody wants to see its results as they come.
     """
 
@@ -38,10 +39,12 @@ class Run:
         timeout: float | None,
         inbox: Inbox,
         *,
+        metadata: Mapping[str, object] | None = None,
         listen: bool = True,
     ) -> None:
         self.kernel = kernel
         self.content = content
+        self.metadata = metadata or {}
         self.quiet = _QUIET if listen else _QUIET_WITHOUT_LISTENER
         self.timeout = timeout
         self.inbox = inbox

@@ -9,27 +9,18 @@ import atexit
 import builtins
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from code_sandboxes import operations
+from code_sandboxes import operations, package_operations, variable_operations
+from code_sandboxes.blocking import advance, drive
+from code_sandboxes.commands import SandboxCommands
 from code_sandboxes.errors import SandboxError
+from code_sandboxes.files import SandboxFilesystem
 from code_sandboxes.front import Front, finding, known_variant, listing
 from code_sandboxes.info import SandboxInfo, SandboxStatus, SandboxVariant
-from code_sandboxes.operations import (
-    LEFT,
-    SILENT,
-    Ask,
-    Emit,
-    Handlers,
-    Operation,
-    OutputHandler,
-    Step,
-    Wait,
-    inside,
-)
+from code_sandboxes.process_info import CommandResult
 from code_sandboxes.results import (
     Context,
     ExecutionError,
@@ -38,6 +29,7 @@ from code_sandboxes.results import (
     OutputMessage,
     Result,
 )
+from code_sandboxes.steps import LEFT, Emit, Handlers, Operation, OutputHandler
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
@@ -131,7 +123,7 @@ class Sandbox(Front):
         Raises:
             SandboxNotFoundError: it has ended, or never was; or it is a ``local-eval`` of another process.
         """
-        core = _drive(finding(id, options))
+        core = drive(finding(id, options))
         return _CLASSES[core.variant.name]._around(core)
 
     @staticmethod
@@ -147,7 +139,7 @@ class Sandbox(Front):
         Raises:
             ValueError: there is no such variant.
         """
-        return _drive(listing(variant, tags))
+        return drive(listing(variant, tags))
 
     def __reduce__(self) -> tuple[Callable[[str], Sandbox], tuple[str]]:
         self._core.check_running()
@@ -162,18 +154,18 @@ class Sandbox(Front):
             SandboxNotStartedError: it was started before.
             SandboxConnectionError: its kernel did not start; nothing is left of it.
         """
-        _drive(self._core.start())
+        drive(self._core.start())
         return self
 
     def terminate(self) -> bool:
         """End it in an orderly way; a run that is on is cut short. Returns whether it was running."""
-        return _drive(self._core.terminate(orderly=True))
+        return drive(self._core.terminate(orderly=True))
 
     stop = close = terminate
 
     def kill(self) -> bool:
         """End it at once. Returns whether it was running."""
-        return _drive(self._core.terminate(orderly=False, why="it was killed"))
+        return drive(self._core.terminate(orderly=False, why="it was killed"))
 
     def detach(self) -> None:
         """Let go of it, and leave it running: :meth:`from_id` finds it again, from any process.
@@ -184,19 +176,19 @@ class Sandbox(Front):
         Raises:
             SandboxConfigurationError: its code runs in this process.
         """
-        _drive(self._core.detach())
+        drive(self._core.detach())
 
     def set_timeout(self, seconds: float) -> None:
         """Let it end that long from now, shorter or longer than before; not the timeout of a run."""
-        _drive(self._core.set_timeout(seconds))
+        drive(self._core.set_timeout(seconds))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Replace its tags."""
-        _drive(self._core.set_tags(tags))
+        drive(self._core.set_tags(tags))
 
     def restart(self) -> None:
         """Start all its kernels afresh; their variables are gone, files stay."""
-        _drive(self._core.restart())
+        drive(self._core.restart())
 
     def __enter__(self: SandboxT) -> SandboxT:
         if self._core.status is SandboxStatus.CREATED:
@@ -225,6 +217,7 @@ class Sandbox(Front):
         on_result: Callable[[Result], object] | None = None,
         on_error: Callable[[ExecutionError], object] | None = None,
         on_input: Callable[[InputRequest], str] | None = None,
+        envs: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> ExecutionResult:
         """Run *code* and return everything it produced; errors of the code are in the result.
@@ -241,12 +234,15 @@ class Sandbox(Front):
             on_result: called with each display and with the value of the last expression.
             on_error: called with the error of the run.
             on_input: answers ``input()``; without it ``input()`` fails at once.
+            envs: environment variables that hold until it ends, on top of those of the sandbox; commands and
+                threads that run meanwhile see them too.
             timeout: seconds from when the kernel gets it, without those that ``input()`` waits; 0 for no
                 limit; by default the setting of the sandbox.
 
         Raises:
             SandboxNotStartedError: the sandbox is not running.
             ContextNotFoundError: there is no such context.
+            SandboxConfigurationError: *envs* where the variant or the language has no way to set them.
             ValueError: no kernel for that language; or *context* and *language* together.
             RuntimeError: called from a callback of a run on the same context.
         """
@@ -255,11 +251,12 @@ class Sandbox(Front):
             code,
             language=language,
             context=context,
+            envs=envs,
             timeout=timeout,
             listen=handlers.listen,
             allow_stdin=on_input is not None,
         )
-        return _drive(operation, handlers)
+        return drive(operation, handlers)
 
     def run_code_streaming(
         self,
@@ -268,6 +265,7 @@ class Sandbox(Front):
         language: str | None = None,
         context: Context | str | None = None,
         on_input: Callable[[InputRequest], str] | None = None,
+        envs: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> CodeStream:
         """Iterate over what *code* produces, live and in order; see :class:`CodeStream`."""
@@ -275,6 +273,7 @@ class Sandbox(Front):
             code,
             language=language,
             context=context,
+            envs=envs,
             timeout=timeout,
             listen=True,
             allow_stdin=on_input is not None,
@@ -288,6 +287,90 @@ class Sandbox(Front):
             Whether something was running.
         """
         return self._core.interrupt(context)
+
+    # Variables.
+
+    def get_variable(self, name: str, *, context: Context | str | None = None) -> Any:
+        """The value of a variable, as a copy; works while code runs.
+
+        JSON types (dict with str as keys, list, str, int, float, bool, None; subclasses of them arrive as
+        these, a tuple as a list), bytes, numpy arrays and scalars of any dtype but objects, and pandas or
+        polars DataFrames, for which pyarrow is needed on both sides (``code-sandboxes[arrow]``).
+
+        Raises:
+            VariableNotFoundError: there is none of that name.
+            SandboxSerializationError: it is of another type, or has something of another type in it.
+            SandboxConfigurationError: the context speaks another language than Python.
+            ValueError: that is no name of a variable.
+        """
+        return drive(variable_operations.get_variable(self._core, name, context))
+
+    def set_variable(self, name: str, value: object, *, context: Context | str | None = None) -> None:
+        """Set a variable to a copy of *value*; what that may be says :meth:`get_variable`.
+
+        Raises:
+            SandboxSerializationError: it is of another type, or has something of another type in it.
+            SandboxConfigurationError: the context speaks another language than Python.
+            ValueError: that is no name of a variable.
+        """
+        drive(variable_operations.set_variables(self._core, {name: value}, context))
+
+    def set_variables(self, variables: Mapping[str, object], *, context: Context | str | None = None) -> None:
+        """Set several variables, all or none; see :meth:`set_variable`."""
+        drive(variable_operations.set_variables(self._core, variables, context))
+
+    # Packages.
+
+    def install_packages(
+        self,
+        packages: Sequence[str],
+        *,
+        timeout: float | None = None,
+        context: Context | str | None = None,
+    ) -> CommandResult:
+        """Install Python packages for the interpreter of the kernel, with pip; then they can be imported.
+
+        Args:
+            packages: as pip takes them: names, versions, extras, URLs, paths in the sandbox; no options.
+            timeout: seconds; 0 for no limit; by default 600.
+
+        Raises:
+            SandboxExecutionError: pip failed; what it said is in the message, all of it in ``result``.
+            SandboxTimeoutError: it took too long.
+            SandboxConfigurationError: the context speaks another language than Python.
+            ValueError: one of them is an option, or nothing at all.
+        """
+        return drive(package_operations.install_packages(self._core, packages, timeout, context))
+
+    def install_requirements(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        timeout: float | None = None,
+        context: Context | str | None = None,
+    ) -> CommandResult:
+        """Install what a requirements file lists; see :meth:`install_packages`.
+
+        Args:
+            path: of a file on this machine; other files that it names are looked for in the sandbox.
+            timeout: seconds; 0 for no limit; by default 600.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        return drive(package_operations.install_requirements(self._core, path, timeout, context))
+
+    # Files.
+
+    @property
+    def files(self) -> SandboxFilesystem:
+        """Its files."""
+        return SandboxFilesystem(self._core)
+
+    @property
+    def commands(self) -> SandboxCommands:
+        """Its commands; they work while code runs."""
+        return SandboxCommands(self._core)
 
     # Contexts.
 
@@ -305,7 +388,7 @@ class Sandbox(Front):
             ValueError: the name is taken, or there is no kernel for that language.
             SandboxConnectionError: the kernel did not start; what it said is in the message.
         """
-        return _drive(self._core.create_context(name, language=language, cwd=cwd, env=env))
+        return drive(self._core.create_context(name, language=language, cwd=cwd, env=env))
 
     def list_contexts(self) -> builtins.list[Context]:
         """The contexts, the default one first."""
@@ -313,11 +396,11 @@ class Sandbox(Front):
 
     def restart_context(self, context: Context | str) -> None:
         """Start its kernel afresh: its variables are gone, a run that is on is cut short."""
-        _drive(self._core.restart_context(context))
+        drive(self._core.restart_context(context))
 
     def delete_context(self, context: Context | str) -> None:
         """End its kernel."""
-        _drive(self._core.delete_context(context))
+        drive(self._core.delete_context(context))
 
 
 class LocalEvalSandbox(Sandbox):
@@ -371,7 +454,7 @@ class CodeStream:
                         raise
                     step = self._operation.send(None)
                 else:
-                    step = _advance(self._operation, step, self._handlers)
+                    step = advance(self._operation, step, self._handlers)
         except StopIteration as stop:
             self._result = stop.value
 
@@ -382,36 +465,9 @@ class CodeStream:
         try:
             step = self._operation.throw(LEFT)
             while True:
-                step = _advance(self._operation, step, self._handlers)
+                step = advance(self._operation, step, self._handlers)
         except StopIteration as stop:
             self._result = stop.value
-
-
-def _drive(operation: Operation[T], handlers: Handlers = SILENT) -> T:
-    """Run *operation* to its end, blocking this thread where it waits."""
-    try:
-        step = next(operation)
-        while True:
-            step = _advance(operation, step, handlers)
-    except StopIteration as stop:
-        value: T = stop.value
-        return value
-
-
-def _advance(operation: Operation[T], step: Step, handlers: Handlers) -> Step:
-    try:
-        answer = _perform(step, handlers)
-    except BaseException as error:  # the operation decides what becomes of it
-        return operation.throw(error)
-    return operation.send(answer)
-
-
-def _perform(step: Step, handlers: Handlers) -> object:
-    if isinstance(step, Wait):
-        step.inbox.wait(None if step.until is None else step.until - time.monotonic())
-        return None
-    with inside(step.run):
-        return handlers.call(step.request if isinstance(step, Ask) else step.output)
 
 
 _CLASSES = {each._variant: each for each in (LocalEvalSandbox, LocalJupyterSandbox)}
@@ -421,7 +477,7 @@ def _end_all() -> None:
     """At the end of the program: nothing that it made outlives it."""
     for core in operations.live_cores():
         try:
-            _drive(core.program_ends())
+            drive(core.program_ends())
         except SandboxError as error:  # the others must end all the same
             _log.error("%s", error)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from code_sandboxes import AsyncSandbox, ExecutionError, ExecutionResult, OutputMessage, Result, Sandbox
 
@@ -35,14 +36,76 @@ class _ThroughAsync:
     def __getattr__(self, name: str) -> object:
         member = getattr(self._sandbox, name)
         if not asyncio.iscoroutinefunction(member):
-            return member
-        return lambda *args, **kwargs: _block_on(member(*args, **kwargs))
+            return _blocking(member)
+        return lambda *args, **kwargs: _blocking(_block_on(member(*args, **kwargs)))
 
     def __repr__(self) -> str:
         return repr(self._sandbox)
 
     def run_code_streaming(self, code: str, **settings: object) -> _AsyncStream:
         return _AsyncStream(self._sandbox, code, settings)
+
+
+class _Blocking:
+    """Something of the asyncio front (files, commands, and what they open), as the blocking one has it."""
+
+    def __init__(self, subject: Any) -> None:
+        self._subject = subject
+
+    def __getattr__(self, name: str) -> object:
+        member = getattr(self._subject, name)
+        if not callable(member):
+            return _blocking(member)
+
+        def call(*args: object, **kwargs: object) -> object:
+            result = member(*args, **kwargs)
+            if inspect.isawaitable(result):
+                result = _block_on(_await(result))
+            return _blocking(result)
+
+        return call
+
+    def __repr__(self) -> str:
+        return repr(self._subject)
+
+    def __enter__(self) -> _Blocking:
+        _block_on(self._subject.__aenter__())
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        _block_on(self._subject.__aexit__(*reason))
+
+    def __iter__(self) -> Iterator[object]:
+        return self if hasattr(self._subject, "__anext__") else _iterate(self._subject)
+
+    def __next__(self) -> object:
+        try:
+            return _block_on(self._subject.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+
+def _blocking(value: object) -> object:
+    """*value*, if it is not the asyncio front's; else behind the names of the blocking one."""
+    if inspect.isasyncgen(value):
+        return _iterate(value)
+    is_async = type(value).__module__.startswith("code_sandboxes.async_")
+    return _Blocking(value) if is_async else value
+
+
+def _iterate(subject: Any) -> Iterator[object]:
+    loop = asyncio.new_event_loop()
+    events = subject.__aiter__()
+    try:
+        while True:
+            try:
+                yield loop.run_until_complete(events.__anext__())
+            except StopAsyncIteration:
+                return
+    finally:
+        if hasattr(events, "aclose"):
+            loop.run_until_complete(events.aclose())
+        loop.close()
 
 
 class _AsyncStream:
@@ -98,6 +161,10 @@ class _ThroughIterator:
             if handler is not None:
                 handler(event)
         return stream.result
+
+
+async def _await(awaitable: Any) -> object:
+    return await awaitable
 
 
 async def _awaited(starting: object) -> AsyncSandbox:

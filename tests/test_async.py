@@ -14,11 +14,23 @@ import pytest
 
 from code_sandboxes import (
     AsyncCodeStream,
+    AsyncFileWatcher,
+    AsyncProcessHandle,
+    AsyncProcessLines,
     AsyncSandbox,
+    AsyncSandboxCommands,
+    AsyncSandboxFileHandle,
+    AsyncSandboxFilesystem,
     CodeStream,
+    FileWatcher,
     InputRequest,
     OutputMessage,
+    ProcessHandle,
+    ProcessLines,
     Sandbox,
+    SandboxCommands,
+    SandboxFileHandle,
+    SandboxFilesystem,
     SandboxNotStartedError,
 )
 from conftest import BUSY, BUSY_OR_WAITING, UNISOLATED
@@ -59,7 +71,17 @@ def _public(cls: type) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("blocking", "asynchronous"), [(Sandbox, AsyncSandbox), (CodeStream, AsyncCodeStream)]
+    ("blocking", "asynchronous"),
+    [
+        (Sandbox, AsyncSandbox),
+        (CodeStream, AsyncCodeStream),
+        (SandboxFilesystem, AsyncSandboxFilesystem),
+        (SandboxFileHandle, AsyncSandboxFileHandle),
+        (FileWatcher, AsyncFileWatcher),
+        (SandboxCommands, AsyncSandboxCommands),
+        (ProcessHandle, AsyncProcessHandle),
+        (ProcessLines, AsyncProcessLines),
+    ],
 )
 def test_both_fronts_have_the_same_names_signatures_and_documentation(
     blocking: type, asynchronous: type

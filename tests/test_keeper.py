@@ -767,6 +767,88 @@ def test_a_kernel_that_died_is_idle(folder: Path) -> None:
     wait_until(lambda: not sandbox.is_running, seconds=5)
 
 
+PUBLISH = """
+    def publish(msg_type, content, parent={}):
+        kernel = get_ipython().kernel
+        kernel.session.send(kernel.iopub_socket, msg_type, content, parent=parent)
+    def processes(data, comm_id="code_sandboxes.processes"):
+        publish("comm_msg", {"comm_id": comm_id, "data": data})
+    import threading, time
+"""
+
+
+def publish(sandbox: Sandbox, then: str) -> None:
+    sandbox.run_code(textwrap.dedent(PUBLISH) + textwrap.dedent(then)).raise_for_status()
+
+
+@pytest.mark.slow
+def test_a_sandbox_is_not_idle_while_commands_run_in_it(folder: Path) -> None:
+    sandbox = create(config=SandboxConfig(idle_timeout=0.5))
+    begin = time.monotonic()
+    publish(
+        sandbox,
+        """
+        processes({"status": "running", "processes": 1})
+        threading.Timer(2, processes, [{"status": "none", "processes": 0}]).start()
+        """,
+    )
+    wait_until(lambda: not sandbox.is_running)
+    assert time.monotonic() > begin + 2.5
+    with pytest.raises(SandboxNotStartedError, match=r"it was idle for 0\.5 s"):
+        sandbox.run_code("1")
+
+
+@pytest.mark.slow
+def test_commands_keep_a_sandbox_only_as_long_as_their_kernel_lives(folder: Path) -> None:
+    sandbox = create(config=SandboxConfig(idle_timeout=0.5))
+    publish(sandbox, 'processes({"status": "running", "processes": 1})')
+    sandbox.create_context("other")
+    assert sandbox.run_code("import os; os._exit(1)").status == "kernel_died"
+    wait_until(lambda: not sandbox.is_running, seconds=5)
+
+
+@pytest.mark.slow
+def test_nonsense_about_commands_keeps_no_sandbox(folder: Path) -> None:
+    sandbox = create(config=SandboxConfig(idle_timeout=0.5))
+    publish(
+        sandbox,
+        """
+        processes({"status": "running", "processes": 1}, "another")
+        for nonsense in (
+            {"status": "none", "processes": 1},
+            {"status": ["running"], "processes": 1},
+            {"status": "running"},
+            {"status": "running", "processes": 0},
+            {"status": "running", "processes": True},
+            {"status": "running", "processes": "1"},
+            ["status", "running"],
+            "status",
+        ):
+            processes(nonsense)
+        """,
+    )
+    wait_until(lambda: not sandbox.is_running, seconds=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("msg_type", ["comm_open", "comm_msg"])
+def test_calls_count_as_use(folder: Path, msg_type: str) -> None:
+    sandbox = create(config=SandboxConfig(idle_timeout=0.7))
+    begin = time.monotonic()
+    publish(
+        sandbox,
+        f"""
+        def call(times):
+            publish("status", {{"execution_state": "busy"}}, {{"header": {{"msg_type": "{msg_type}"}}}})
+            if times > 1:
+                threading.Timer(0.3, call, [times - 1]).start()
+        call(8)
+        """,
+    )
+    wait_until(lambda: not sandbox.is_running)
+    assert time.monotonic() > begin + 2.1 + 0.7
+
+
 # What is killed
 
 

@@ -22,14 +22,22 @@ LAYERS = [
     {"async_sandbox"},
     {"sandbox"},
     {"front"},
+    {"async_commands", "async_files"},
+    {"commands", "files"},
+    {"awaiting", "blocking"},
+    {"package_operations", "system_packages"},
+    {"command_operations", "file_operations", "variable_operations"},
+    {"processes", "transfers"},
     {"operations"},
+    {"guest_calls"},
     {"variants"},
     {"kernel", "keeper", "inprocess"},
-    {"kernel_process", "runs"},
+    {"steps", "guest_link"},
+    {"guest_boot", "guest_values", "kernel_process", "runs"},
     {"inbox", "transports", "guest", "reaper"},
     {"protocol"},
     {"config", "info"},
-    {"checks", "forks", "results"},
+    {"arrow", "checks", "file_info", "forks", "process_info", "results"},
     {"errors"},
 ]
 
@@ -39,7 +47,7 @@ FOREIGN = {
     "jupyter_client": {"variants/kernelspecs.py"},
     "traitlets": {"config.py", "variants/kernelspecs.py"},
     "ipykernel": {"guest/launch.py"},
-    "IPython": {"guest/launch.py", "inprocess/actor.py", "inprocess/display.py"},
+    "IPython": {"guest/apart.py", "guest/launch.py", "inprocess/actor.py", "inprocess/display.py"},
 }
 
 SANS_IO = {"socket", "selectors", "select", "threading", "asyncio", "time", "datetime", "os", "subprocess"}

@@ -380,7 +380,7 @@ def test_raise_for_status_raises_what_fits_and_carries_the_result(sandbox: Sandb
     assert sandbox.run_code("1").raise_for_status().status is ExecutionStatus.OK
     with pytest.raises(SandboxExecutionError, match="ZeroDivisionError: division by zero") as code:
         sandbox.run_code("1 / 0").raise_for_status()
-    assert code.value.result is not None
+    assert isinstance(code.value.result, ExecutionResult)
     assert code.value.result.status == "error"
     with pytest.raises(SandboxTimeoutError, match=r"no answer after 0\.2 s"):
         sandbox.run_code("while True: pass", timeout=0.2).raise_for_status()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,42 @@ class Ours:
             raise RuntimeError(f"kept {kept} and heard {heard} of {size} characters")
         return [seconds]
 
+    def upload(self, size: int) -> list[float]:
+        """Seconds for each MiB of a file of *size* bytes."""
+        local = _file(size)
+        began = time.perf_counter()
+        self._running().files.upload(str(local), "uploaded")
+        return [(time.perf_counter() - began) / (size / 1024**2)]
+
+    def download(self, size: int) -> list[float]:
+        """The same, for the file that was uploaded before."""
+        target = Path("downloaded")
+        began = time.perf_counter()
+        self._running().files.download("uploaded", str(target))
+        seconds = time.perf_counter() - began
+        if target.stat().st_size != size:
+            raise RuntimeError("not all of it was downloaded")
+        target.unlink()
+        return [seconds / (size / 1024**2)]
+
+    def meanwhile(self, code: str, what: str, repetitions: int) -> list[float]:
+        """Seconds of each small *what*, while the kernel runs *code*."""
+        sandbox = self._running()
+        sandbox.files.write("small", "x" * 1000)
+        call: Callable[[], object] = {
+            "files.read()": lambda: sandbox.files.read("small"),
+            "commands.run()": lambda: sandbox.commands.run("true"),
+        }[what]
+        call()
+        runner = threading.Thread(target=lambda: sandbox.run_code(code))
+        runner.start()
+        while code and not sandbox.is_executing:
+            time.sleep(0.01)
+        seconds = timed(call, repetitions)
+        sandbox.interrupt()
+        runner.join()
+        return seconds
+
     def end(self) -> list[float]:
         """Seconds that ``terminate()`` takes."""
         sandbox, self._sandbox = self._sandbox, None
@@ -80,6 +117,13 @@ class Ours:
             raise RuntimeError(f"1+1 gave {result!r}")
 
 
+def _file(size: int) -> Path:
+    path = Path("local")
+    if not path.exists() or path.stat().st_size != size:
+        path.write_bytes(os.urandom(size))
+    return path
+
+
 if __name__ == "__main__":
     ours = Ours()
     serve(
@@ -89,6 +133,9 @@ if __name__ == "__main__":
             "run": ours.run,
             "latency": ours.latency,
             "output": ours.output,
+            "upload": ours.upload,
+            "download": ours.download,
+            "meanwhile": ours.meanwhile,
             "end": ours.end,
         },
         ours.end,

@@ -39,6 +39,24 @@ class Peer:
         sandbox = self._sandbox
         return timed(lambda: sandbox.run_code(code), repetitions)
 
+    def upload(self, size: int) -> list[float]:
+        """Seconds for each MiB of *size* bytes."""
+        assert self._sandbox is not None
+        content = os.urandom(size)
+        began = time.perf_counter()
+        self._sandbox.files.write_bytes("/tmp/uploaded-by-the-peer", content)
+        return [(time.perf_counter() - began) / (size / 1024**2)]
+
+    def download(self, size: int) -> list[float]:
+        """The same, for the bytes that were uploaded before."""
+        assert self._sandbox is not None
+        began = time.perf_counter()
+        content = self._sandbox.files.read_bytes("/tmp/uploaded-by-the-peer")
+        seconds = time.perf_counter() - began
+        if len(content) != size:
+            raise RuntimeError("not all of it was downloaded")
+        return [seconds / (size / 1024**2)]
+
     def end(self) -> list[float]:
         """Seconds that ``stop()`` takes."""
         sandbox, self._sandbox = self._sandbox, None
@@ -57,4 +75,13 @@ def _end_server_of(sandbox: Sandbox) -> None:
 
 if __name__ == "__main__":
     peer = Peer()
-    serve({"create": peer.create, "run": peer.run, "end": peer.end}, peer.end)
+    serve(
+        {
+            "create": peer.create,
+            "run": peer.run,
+            "upload": peer.upload,
+            "download": peer.download,
+            "end": peer.end,
+        },
+        peer.end,
+    )

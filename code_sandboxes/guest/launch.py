@@ -10,7 +10,6 @@ import _thread
 import contextlib
 import faulthandler
 import gc
-import importlib.util
 import json
 import os
 import signal
@@ -19,8 +18,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from types import FrameType, ModuleType
+from importlib.machinery import SourceFileLoader
+from types import CodeType, FrameType, ModuleType
 from typing import Any, cast
+
+PRIVATE = "_code_sandboxes_"
 
 # Seconds that ipykernel waits for more text before it publishes; 0.2 by default.
 FLUSH_INTERVAL = 0.005
@@ -206,13 +208,15 @@ def interrupt_only_code(kernelbase: Any) -> None:
 
     def before(self: Any) -> None:
         nonlocal request
-        request += 1
-        hook_before(self)
+        if _thread.get_ident() == main_thread:  # a subshell has one of its own, where nothing is interrupted
+            request += 1
+            hook_before(self)
 
     def after(self: Any) -> None:
         nonlocal request
-        request += 1
-        hook_after(self)
+        if _thread.get_ident() == main_thread:
+            request += 1
+            hook_after(self)
 
     kernelbase.default_int_handler = interrupt
     kernelbase.Kernel.pre_handler_hook, kernelbase.Kernel.post_handler_hook = before, after
@@ -231,6 +235,29 @@ def is_of_code(frame: FrameType | None) -> bool:
     return frame is not None
 
 
+def ignore_interrupts_here_only(application: Any) -> None:
+    """Let what is started between two cells, a command, react to SIGINT: what is ignored is inherited."""
+
+    def init_signal(self: Any) -> None:
+        signal.signal(signal.SIGINT, lambda signum, frame: None)
+
+    application.init_signal = init_signal
+
+
+def serve_guest(application: Any) -> None:
+    """Load what serves files, commands and variables, before the user's code can change what that needs."""
+    apart = load_sibling("apart")
+    parts = apart.load(sibling_code)
+    init_kernel = application.init_kernel
+
+    def init_kernel_with_guest(self: Any) -> None:
+        init_kernel(self)
+        if hasattr(self.kernel, "comm_manager"):
+            parts["comms"].install(self.kernel, parts)
+
+    application.init_kernel = init_kernel_with_guest
+
+
 def journal_beside(connection_file: str) -> Callable[[int, str], None] | None:
     """Records in the file ``journal`` beside *connection_file*, if the host has made one."""
     path = os.path.join(os.path.dirname(connection_file), "journal")
@@ -242,13 +269,17 @@ def journal_beside(connection_file: str) -> Callable[[int, str], None] | None:
 
 def load_sibling(name: str) -> Any:
     """A module beside this file, under a name that no import of the user's can mean."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py")
-    spec = importlib.util.spec_from_file_location("_code_sandboxes_" + name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType(PRIVATE + name)
+    exec(sibling_code(name), vars(module))
     return module
+
+
+def sibling_code(name: str) -> CodeType:
+    """The compiled source of a module beside this file; from Python's cache of those, if it is there."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py")
+    code = SourceFileLoader(PRIVATE + name, path).get_code(PRIVATE + name)
+    assert code is not None
+    return code
 
 
 def exit_like_python() -> None:
@@ -338,6 +369,10 @@ def main() -> None:
         interrupt_only_code(kernelbase)
     if hasattr(kernelapp.IPKernelApp, "init_iopub"):
         publish_everything(kernelapp.IPKernelApp)
+    if hasattr(kernelapp.IPKernelApp, "init_signal"):
+        ignore_interrupts_here_only(kernelapp.IPKernelApp)
+    if hasattr(kernelapp.IPKernelApp, "init_kernel"):
+        serve_guest(kernelapp.IPKernelApp)
     publish_sooner(sys.argv[sys.argv.index("-f") + 1] if "-f" in sys.argv[:-1] else "")
     kernelapp.launch_new_instance()
 

@@ -19,6 +19,7 @@ from inspect import CO_COROUTINE
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Literal
 
+from code_sandboxes.guest.comms import FEATURE, SUBSHELLS
 from code_sandboxes.inprocess.actor import Actor
 from code_sandboxes.inprocess.cells import (
     compile_cell,
@@ -32,6 +33,7 @@ from code_sandboxes.inprocess.display import as_sent, bundle_of
 from code_sandboxes.inprocess.gate import Abandoned, Gate, Interrupted, look_no_more, uninterrupted
 from code_sandboxes.inprocess.output import Output
 from code_sandboxes.inprocess.stage import Performance, acting
+from code_sandboxes.inprocess.subshells import Subshells
 from code_sandboxes.protocol.events import Streamed
 from code_sandboxes.protocol.messages import Message, Session
 from code_sandboxes.transports.inprocess import InProcessTransport
@@ -128,6 +130,7 @@ class InProcessKernel:
         self._actor = Actor(self)
         self._namespace = self._actor.namespace()
         self._builtins: Any = self._namespace["__builtins__"]
+        self._subshells = Subshells(self._said, lambda: self._namespace)
         self._execution_count = 0
         self._sources: deque[str] = deque()
         self._lock = threading.Lock()
@@ -164,6 +167,8 @@ class InProcessKernel:
         if message.channel == "stdin":
             value = message.content.get("value")
             self._answers.put(value if isinstance(value, str) else "")
+            return
+        if self._subshells.accept(message):
             return
         with self._lock:
             if self._run is not None:
@@ -245,6 +250,7 @@ class InProcessKernel:
         self._end()
 
     def release(self) -> None:
+        self._subshells.close()
         if not self._abandoned:
             self._thread.join(_FAREWELL)
         for filename in self._sources:
@@ -470,7 +476,7 @@ def _kernel_info() -> Mapping[str, object]:
         },
         "banner": "",
         "help_links": [],
-        "supported_features": [],
+        "supported_features": [SUBSHELLS, FEATURE],
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from code_sandboxes.guest.launch import publishable
@@ -59,9 +59,10 @@ class Output:
         parent: Mapping[str, object],
         *,
         wake: bool = True,
+        buffers: Sequence[bytes | memoryview] = (),
     ) -> None:
         """Send a message; without *wake* it is taken together with the next one."""
-        message = self._session.message(channel, msg_type, content, parent_header=parent)
+        message = self._session.message(channel, msg_type, content, parent_header=parent, buffers=buffers)
         with self._lock:
             if self._closed:
                 return

@@ -20,6 +20,7 @@ from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionEr
 from code_sandboxes.forks import in_forked_child
 from code_sandboxes.keeper.lines import LONGEST, Lines, as_line, start_time
 from code_sandboxes.keeper.places import folder_prefix, locked, log_of, peer_of
+from code_sandboxes.reaper import MARK
 from code_sandboxes.transports.loop import the_loop
 
 __all__ = ["GoneError", "KeeperClient", "Listener", "UnknownSandboxError", "the_keeper"]
@@ -379,7 +380,8 @@ def _start(root: Path, lock: int) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             cwd="/",
-            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+            # If this program runs in a kernel, the keeper, as all that comes of that, must end with it.
+            env={name: os.environ[name] for name in ("LD_LIBRARY_PATH", MARK) if name in os.environ},
             pass_fds=[lock],
             start_new_session=True,  # Ctrl-C in a terminal is for the program
             timeout=_PATIENCE_WITH_START,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from code_sandboxes.guest import journal
 from code_sandboxes.keeper.lines import start_time
 from code_sandboxes.protocol.messages import Channel, Message, Session
+from code_sandboxes.reaper import MARK
 from code_sandboxes.transports.loop import Loop
 
 if TYPE_CHECKING:
@@ -31,6 +32,12 @@ LEASE = "process"
 _CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 _KEPT_STDERR = 16 * 1024
 _MAX_MESSAGE = 64 * 1024**2
+
+# Whoever asks for one of these uses the kernel: runs, and calls of files and commands.
+_USES = ("execute_request", "comm_open", "comm_msg")
+
+# The ``comm_id`` under which the guest in a kernel tells whether commands are running (guest/comms.py).
+_PROCESSES = "code_sandboxes.processes"
 
 
 class HostedKernel:
@@ -153,7 +160,8 @@ def start_kernel(folder: Path, command: Sequence[str], env: Mapping[str, str], c
     try:
         process = subprocess.Popen(
             [argument.replace("{connection_file}", path) for argument in command],
-            env={**env, "JPY_PARENT_PID": str(os.getpid())},  # ipykernel ends when this is not its parent
+            # ipykernel ends when this is not its parent; what it starts is found by its mark.
+            env={**env, "JPY_PARENT_PID": str(os.getpid()), MARK: str(folder)},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -217,10 +225,10 @@ def _write_connection_file(folder: Path) -> dict[str, Any]:
 
 
 class Observer:
-    """Hears from a kernel when runs begin and end, and can tell when it has come to the end of what it does.
+    """Hears from a kernel when it is used, and can tell when it has come to the end of what it does.
 
     Args:
-        changed: called when a run has begun, and when it is over.
+        changed: called when a run, a call or the first of some commands has begun, and when it is over.
     """
 
     def __init__(self, loop: Loop, kernel: HostedKernel, changed: Callable[[], None]) -> None:
@@ -235,6 +243,7 @@ class Observer:
 
         self._session = Session(secrets.token_hex(16), lambda: datetime.now(timezone.utc).isoformat())
         self._changed = changed
+        self.runs_commands = False
         self._when_done: dict[str, Callable[[], None]] = {}
         self._transport: ZmqTransport = StatusTransport(
             loop,
@@ -265,5 +274,20 @@ class Observer:
             done = self._when_done.pop(message.parent_id, None)
             if done is not None:
                 done()
-        elif message.msg_type == "status" and message.parent_header.get("msg_type") == "execute_request":
+        elif message.msg_type == "status" and message.parent_header.get("msg_type") in _USES:
             self._changed()
+        elif message.msg_type == "comm_msg" and message.content.get("comm_id") == _PROCESSES:
+            runs_commands = _decode_processes(message.content.get("data"))
+            if runs_commands is not None:
+                self.runs_commands = runs_commands
+                self._changed()
+
+
+def _decode_processes(data: object) -> bool | None:
+    """Whether commands are running; None where that is not what it says."""
+    if not isinstance(data, Mapping):
+        return None
+    status, processes = data.get("status"), data.get("processes")
+    if type(processes) is not int or (status, processes > 0) not in (("running", True), ("none", False)):
+        return None
+    return processes > 0

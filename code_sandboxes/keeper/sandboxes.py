@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from code_sandboxes.keeper.kernels import HostedKernel, Observer, descriptors_left, start_kernel
+from code_sandboxes.keeper.leftovers import Leftovers
 from code_sandboxes.reaper import Reaper, remove_tree
 from code_sandboxes.transports.loop import Loop, Timer
 
@@ -64,6 +65,7 @@ class Host(Protocol):
 
     loop: Loop
     reaper: Reaper
+    leftovers: Leftovers
 
     def next_number(self) -> int: ...
 
@@ -344,14 +346,14 @@ class KeptSandbox:
         why_not = ""
         try:
             self._host.reaper.guard_group(kernel.pid)
-            kernel.watch(self._loop, lambda: self._kernel_ended(context, kept))
+            kernel.watch(self._loop, lambda: self._process_ended(context, kept))
             if self._idle_timeout is not None:
                 self._observe(kept)
         except Exception as failure:  # too few descriptors, mostly
             why_not = f"the kernel could not be watched: {failure}"
             _log.error("%s", why_not)
             kernel.abort()
-            self._kernel_ended(context, kept)
+            self._process_ended(context, kept)
         if self.is_ending:
             why_not = f"the sandbox ended: {self._why_ending}"
         elif self._contexts.get(context.about["id"]) is not context:
@@ -381,6 +383,11 @@ class KeptSandbox:
             "fresh": fresh,
         }
 
+    def _process_ended(self, context: _Context, kept: _Kept) -> None:
+        """A kernel's end is the end of all that it started."""
+        self._host.reaper.release_group(kept.kernel.pid)
+        self._host.leftovers.end(kept.kernel.folder, lambda: self._kernel_ended(context, kept))
+
     def _kernel_ended(self, context: _Context, kept: _Kept) -> None:
         if kept.number not in self._running:  # told already: it could not be watched
             return
@@ -388,7 +395,6 @@ class KeptSandbox:
         del self._running[kept.number]
         kept.close_observer()
         kept.turn.close()
-        self._host.reaper.release_group(kept.kernel.pid)
         event = {
             "event": "kernel_ended",
             "sandbox": self.id,
@@ -490,7 +496,7 @@ class KeptSandbox:
 
     def _look_whether_idle(self) -> None:
         assert self._idle_timeout is not None
-        if self._launching or not self._has_begun:
+        if self._launching or not self._has_begun or self._runs_commands():
             self._touch()
         left = self._idle_since + self._idle_timeout - time.monotonic()
         if left > 0:
@@ -498,8 +504,12 @@ class KeptSandbox:
         else:
             self._ask_whether_idle()
 
+    def _runs_commands(self) -> bool:
+        observers = (kept.observer for kept in self._running.values())
+        return any(observer is not None and observer.runs_commands for observer in observers)
+
     def _ask_whether_idle(self) -> None:
-        """No run was heard of for so long: a kernel that answers at once confirms it."""
+        """No use was heard of for so long: a kernel that answers at once confirms it."""
         self._asked_at = time.monotonic()
         self._asked = set(self._running.values())
         for kept in list(self._asked):

@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from code_sandboxes.keeper.kernels import LEASE, raise_descriptor_limit
+from code_sandboxes.keeper.leftovers import Leftovers
 from code_sandboxes.keeper.lines import PROTOCOL, Lines, start_time
 from code_sandboxes.keeper.places import folder_prefix, locked, log_of, peer_of
 from code_sandboxes.keeper.sandboxes import KeptSandbox, RefusedError, Reply
-from code_sandboxes.reaper import Reaper, remove_tree
+from code_sandboxes.reaper import Reaper, end_marked, remove_tree
 from code_sandboxes.transports.loop import Loop
 
 __all__ = ["Keeper", "main"]
@@ -86,6 +87,7 @@ class Keeper:
     def __init__(self, root: Path, folder: Path, listener: socket.socket) -> None:
         self.loop = Loop()
         self.reaper = Reaper()
+        self.leftovers = Leftovers(self.loop)
         self.has_ended = threading.Event()
         self._root = root
         self._folder = folder
@@ -312,6 +314,8 @@ def _remove_what_dead_keepers_left(root: Path) -> None:
             if lock is not None:  # its keeper is dead
                 for lease in folder.glob(f"[0-9]*/[0-9]*/{LEASE}"):
                     _end_leased(lease)
+                with contextlib.suppress(OSError):  # the folder must go all the same
+                    end_marked([str(folder)])
                 with contextlib.suppress(OSError):
                     remove_tree(str(folder))
 

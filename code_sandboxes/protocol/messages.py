@@ -70,8 +70,9 @@ class Session:
         parent_header: Mapping[str, object] = _EMPTY,
         metadata: Mapping[str, object] = _EMPTY,
         buffers: Sequence[bytes | memoryview] = (),
+        subshell_id: str | None = None,
     ) -> Message:
-        header = {
+        header: dict[str, object] = {
             "msg_id": f"{self.session_id}_{next(self._numbers)}",
             "session": self.session_id,
             "username": "code_sandboxes",
@@ -79,6 +80,8 @@ class Session:
             "version": _PROTOCOL_VERSION,
             "date": self._date(),
         }
+        if subshell_id is not None:  # JEP 91; without it, it is for the main shell
+            header["subshell_id"] = subshell_id
         return Message(channel, header, parent_header, metadata, content, buffers)
 
     def made(self, message: Message) -> bool:

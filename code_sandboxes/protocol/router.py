@@ -77,7 +77,8 @@ class Router:
 
     def sent(self, request: Message) -> None:
         """*request* goes out: from now on its answers are expected."""
-        self._pending[request.msg_id] = _Pending(request.msg_type == "execute_request")
+        runs_code = request.msg_type == "execute_request" and request.content.get("silent") is not True
+        self._pending[request.msg_id] = _Pending(runs_code)
 
     def forget(self, msg_id: str) -> None:
         """Nothing more is expected for this request; what still comes is late output."""
@@ -134,7 +135,7 @@ class Router:
         pending.replied |= isinstance(event, Replied)
         pending.idle |= isinstance(event, Idle)
         if pending.replied and pending.idle:
-            del self._pending[msg_id]
+            self.forget(msg_id)
             yield Routed(msg_id, Done())
 
     def _unparented(self, event: Event) -> Iterator[Routed]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from code_sandboxes.info import Capabilities, Capability, SandboxVariant
+from code_sandboxes.info import NO_SYSTEM_PACKAGES, Capabilities, Capability, SandboxVariant
 from code_sandboxes.inprocess.kernel import InProcessKernel
 from code_sandboxes.transports.loop import Timer, the_loop
 from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant
@@ -69,7 +69,8 @@ class LocalEval(Variant):
             interrupt_blocked=Capability(
                 False, "a thread that does not react cannot be ended, and is abandoned; use local-jupyter"
             ),
-            subshells=not_yet,
+            subshells=yes,
+            system_packages=NO_SYSTEM_PACKAGES,
             network_none=no,
             network_allowlist=no,
             memory_limit=no,

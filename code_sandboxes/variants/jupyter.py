@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from code_sandboxes.checks import check_str
@@ -26,7 +27,7 @@ from code_sandboxes.errors import (
     SandboxNotFoundError,
     SandboxNotStartedError,
 )
-from code_sandboxes.info import Capabilities, Capability, SandboxVariant
+from code_sandboxes.info import NO_SUBSHELLS, NO_SYSTEM_PACKAGES, Capabilities, Capability, SandboxVariant
 from code_sandboxes.keeper.client import (
     Answer,
     GoneError,
@@ -133,7 +134,8 @@ class LocalJupyter(Variant):
             environment=yes,
             magics=yes,
             interrupt_blocked=yes,
-            subshells=not_yet,
+            subshells=yes if _ipykernel() >= 7 else NO_SUBSHELLS,
+            system_packages=NO_SYSTEM_PACKAGES,
             network_none=not_isolated,
             network_allowlist=not_isolated,
             memory_limit=not_isolated,
@@ -384,6 +386,12 @@ class LocalJupyter(Variant):
             "cwd": cwd,
             "interrupt_mode": kernel.kernel_spec.interrupt_mode,
         }
+
+
+@cache
+def _ipykernel() -> int:
+    """The major version of the one that is installed here; a kernelspec may mean another one."""
+    return int(version("ipykernel").partition(".")[0])
 
 
 class _Early:

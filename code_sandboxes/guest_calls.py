@@ -1,0 +1,81 @@
+"""Call functions of the guest, and wait for what they return.
+
+The functions stand in ``guest/``, and are called by name with JSON values and binary buffers. They answer
+while a cell runs, where the kernel has subshells; else when it is over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from code_sandboxes.guest_link import Answered, Buffers, Channel, GuestCall, Refused
+from code_sandboxes.inbox import Inbox
+from code_sandboxes.kernel import Kernel
+from code_sandboxes.protocol.events import Event
+from code_sandboxes.steps import Operation, next_event
+
+__all__ = ["Answer", "Guest", "answer_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a call has returned; nothing of it is checked yet."""
+
+    value: object
+    buffers: Buffers
+
+
+class Guest:
+    """The guest in one kernel.
+
+    Args:
+        base: where relative paths start, if that is not the working directory of the kernel.
+    """
+
+    def __init__(self, kernel: Kernel, base: str | None) -> None:
+        self.base = base
+        self._kernel = kernel
+
+    def call(self, name: str, *buffers: bytes | memoryview, **arguments: object) -> Operation[Answer]:
+        """Call a function and wait for what it returns; whoever gives up waiting stops it.
+
+        Raises:
+            OSError: of the system, as it was raised in the sandbox.
+            SandboxConnectionError: there is no answer: the kernel died, say.
+        """
+        call = GuestCall(name, arguments, buffers, Inbox())
+        self.begin(call)
+        try:
+            event = yield from next_event(call.inbox)
+        except BaseException:  # nobody waits any more, whatever the reason
+            self.cancel(call)
+            raise
+        return answer_of(event)
+
+    def begin(self, call: GuestCall) -> None:
+        """Call a function and do not wait: its inbox gets an :class:`Answered` or :class:`Refused`."""
+        self._kernel.call(call)
+
+    def cancel(self, call: GuestCall) -> None:
+        """Nobody waits for its answer any more."""
+        self._kernel.cancel_call(call)
+
+    def grant(self, channel: Channel, credit: int) -> None:
+        """So many more bytes may come on *channel*; from any thread."""
+        self._kernel.grant(channel, credit)
+
+    def close_channel(self, channel: Channel) -> None:
+        """Nobody listens to *channel* any more; from any thread."""
+        self._kernel.close_channel(channel)
+
+
+def answer_of(event: Event) -> Answer:
+    """What *event* brings.
+
+    Raises:
+        Exception: why there is no answer.
+    """
+    if isinstance(event, Refused):
+        raise event.error
+    assert isinstance(event, Answered)
+    return Answer(event.value, event.buffers)
