@@ -345,7 +345,7 @@ class SandboxFileHandle:
     """
 
     def __init__(self, file: io.BufferedIOBase | io.TextIOWrapper, name: str, mode: str) -> None:
-        self._file: Any = file
+        self._file: Any = file  # of text or of bytes, as the caller has asked
         self._name = name
         self._mode = mode
 
@@ -363,15 +363,17 @@ class SandboxFileHandle:
 
     @property
     def closed(self) -> bool:
-        return self._file.closed
+        return bool(self._file.closed)
 
     def read(self, size: int = -1) -> str | bytes:
         """The next *size* characters or bytes; by default all there are."""
-        return self._file.read(size)
+        content: str | bytes = self._file.read(size)
+        return content
 
     def readline(self, size: int = -1) -> str | bytes:
         """The next line with what ends it; nothing at the end."""
-        return self._file.readline(size)
+        line: str | bytes = self._file.readline(size)
+        return line
 
     def readlines(self, hint: int = -1) -> list[str | bytes]:
         """All lines, or enough of them to have *hint* characters or bytes."""
@@ -379,23 +381,23 @@ class SandboxFileHandle:
 
     def write(self, content: str | bytes | bytearray | memoryview) -> int:
         """Write, and tell how many characters or bytes."""
-        return self._file.write(content)  # type: ignore[arg-type]  # it refuses what it cannot take
+        return int(self._file.write(content))
 
     def writelines(self, lines: Iterable[str | bytes]) -> None:
         """Write each, and nothing between them."""
-        self._file.writelines(lines)  # type: ignore[arg-type]  # the same
+        self._file.writelines(lines)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go on at *offset*, from the beginning, the current position or the end."""
-        return self._file.seek(offset, whence)
+        return int(self._file.seek(offset, whence))
 
     def tell(self) -> int:
         """The current position."""
-        return self._file.tell()
+        return int(self._file.tell())
 
     def truncate(self, size: int | None = None) -> int:
         """Let the file have *size* bytes, by default as many as are before the current position."""
-        return self._file.truncate(size)
+        return int(self._file.truncate(size))
 
     def flush(self) -> None:
         """Let what was written arrive."""

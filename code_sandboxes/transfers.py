@@ -182,7 +182,7 @@ def _step(
 ) -> Callable[Concatenate[LandingT, P], T]:
     """One step at a time, and none when it was given up."""
 
-    def step(self: LandingT, *args: P.args, **kwargs: P.kwargs) -> T:
+    def step(self: LandingT, /, *args: P.args, **kwargs: P.kwargs) -> T:
         with self._lock:
             if self._is_over:
                 raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
@@ -293,15 +293,15 @@ class FolderLanding(_Landing):
     def make_folders(self, entries: Iterable[Entry]) -> None:
         """Make these, of which each comes after those that it is in."""
         for entry in entries:
-            self._in_folder(
-                entry, lambda name, fd, mode=entry.mode: os.mkdir(name, mode & 0o777 | 0o700, dir_fd=fd)
-            )
+            with self._folder_of(entry) as fd:
+                os.mkdir(entry.parts[-1], entry.mode & 0o777 | 0o700, dir_fd=fd)
 
     @_step
     def begin_file(self, entry: Entry) -> None:
         """What is written from now on is its content."""
         self._end_file()
-        self._fd = self._in_folder(entry, lambda name, fd: os.open(name, _NEW, entry.mode & 0o777, dir_fd=fd))
+        with self._folder_of(entry) as fd:
+            self._fd = os.open(entry.parts[-1], _NEW, entry.mode & 0o777, dir_fd=fd)
 
     @_step
     def write(self, content: bytes | memoryview) -> None:
@@ -321,8 +321,8 @@ class FolderLanding(_Landing):
         """When everything else is there."""
         self._end_file()
         for entry in entries:
-            target = entry.target or ""
-            self._in_folder(entry, lambda name, fd, target=target: os.symlink(target, name, dir_fd=fd))
+            with self._folder_of(entry) as fd:
+                os.symlink(entry.target or "", entry.parts[-1], dir_fd=fd)
 
     @_step
     def commit(self) -> None:
@@ -347,8 +347,9 @@ class FolderLanding(_Landing):
     def _content(self) -> str:
         return os.path.join(self._temporary, "content")
 
-    def _in_folder(self, entry: Entry, make: Callable[[str, int], T]) -> T:
-        """Make *entry* by way of no link."""
+    @contextmanager
+    def _folder_of(self, entry: Entry) -> Iterator[int]:
+        """A descriptor of the folder that *entry* is in, found by way of no link."""
         with _naming(os.path.join(self._path, *entry.parts)):
             fd = os.dup(self._root)
             try:
@@ -356,7 +357,7 @@ class FolderLanding(_Landing):
                     below = os.open(part, _FOLDER, dir_fd=fd)
                     os.close(fd)
                     fd = below
-                return make(entry.parts[-1], fd)
+                yield fd
             finally:
                 os.close(fd)
 

@@ -318,14 +318,18 @@ def test_lines_arrive_while_the_command_runs(commands: SandboxCommands) -> None:
 
 
 def test_a_signal_reaches_all_that_was_started(commands: SandboxCommands, mark: str) -> None:
-    process = commands.spawn(f"trap 'echo got it; exit 5' INT; sleep {mark} & sleep {mark} & echo on; wait")
+    process = commands.spawn(f"trap 'echo got it; exit 5' TERM; sleep {mark} & sleep {mark} & echo on; wait")
     assert next(process.stdout) == "on\n"
-    assert len(sleeping(mark)) == 2
-    process.send_signal(2)
+    wait_until(lambda: len(sleeping(mark)) == 2)
+    process.send_signal(15)
     assert process.wait() == 5
     assert process.stdout.read() == "got it\n"
     process.terminate()
     assert process.returncode == 5, "what has ended gets no signal"
+    wait_until(lambda: not sleeping(mark))
+    interrupted = commands.exec("sleep", mark)
+    interrupted.send_signal(2)
+    assert interrupted.wait() == -2
 
 
 @pytest.mark.parametrize(("how", "exit_code"), [("terminate", -15), ("kill", -9)])

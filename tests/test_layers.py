@@ -33,11 +33,11 @@ LAYERS = [
     {"variants"},
     {"kernel", "keeper", "inprocess"},
     {"steps", "guest_link"},
-    {"guest_boot", "guest_values", "kernel_process", "runs"},
+    {"arrow", "guest_boot", "guest_values", "kernel_process", "runs"},
     {"inbox", "transports", "guest", "reaper"},
     {"protocol"},
     {"config", "info"},
-    {"arrow", "checks", "file_info", "forks", "process_info", "results"},
+    {"checks", "file_info", "forks", "process_info", "results"},
     {"errors"},
 ]
 
