@@ -1,8 +1,8 @@
 """Run code that nobody has read, in a place where it may run."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from code_sandboxes.commands import ProcessHandle, ProcessLines, SandboxCommands
 from code_sandboxes.errors import (
     ContextNotFoundError,
     SandboxConfigurationError,
@@ -17,7 +17,6 @@ from code_sandboxes.errors import (
     VariableNotFoundError,
 )
 from code_sandboxes.file_info import FileInfo, FileType, FileWatchEvent, FileWatchEventType
-from code_sandboxes.files import FileWatcher, SandboxFileHandle, SandboxFilesystem
 from code_sandboxes.info import (
     Capabilities,
     Capability,
@@ -51,7 +50,9 @@ if TYPE_CHECKING:
         AsyncLocalJupyterSandbox,
         AsyncSandbox,
     )
+    from code_sandboxes.commands import ProcessHandle, ProcessLines, SandboxCommands
     from code_sandboxes.config import SandboxConfig
+    from code_sandboxes.files import FileWatcher, SandboxFileHandle, SandboxFilesystem
     from code_sandboxes.pool import AsyncSandboxPool, SandboxPool
 
 __all__ = [
@@ -115,18 +116,25 @@ __all__ = [
 ]
 
 
+# Modules that take their time: traitlets, asyncio, or much of our own.
+_ON_USE = {
+    "config": ("SandboxConfig",),
+    "files": ("FileWatcher", "SandboxFileHandle", "SandboxFilesystem"),
+    "commands": ("ProcessHandle", "ProcessLines", "SandboxCommands"),
+    "pool": ("AsyncSandboxPool", "SandboxPool"),
+    "async_files": ("AsyncFileWatcher", "AsyncSandboxFileHandle", "AsyncSandboxFilesystem"),
+    "async_commands": ("AsyncProcessHandle", "AsyncProcessLines", "AsyncSandboxCommands"),
+    "async_sandbox": (
+        "AsyncCodeStream",
+        "AsyncLocalEvalSandbox",
+        "AsyncLocalJupyterSandbox",
+        "AsyncSandbox",
+    ),
+}
+
+
 def __getattr__(name: str) -> object:
-    if name == "SandboxConfig":  # brings traitlets along, which takes its time
-        from code_sandboxes.config import SandboxConfig
-
-        return SandboxConfig
-    if name in ("AsyncSandboxPool", "SandboxPool"):  # brings asyncio along
-        from code_sandboxes import pool
-
-        return getattr(pool, name)
-    if name.startswith("Async") and name in __all__:  # so do these
-        from code_sandboxes import async_commands, async_files, async_sandbox
-
-        modules = (async_sandbox, async_files, async_commands)
-        return next(getattr(each, name) for each in modules if hasattr(each, name))
+    for module, names in _ON_USE.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

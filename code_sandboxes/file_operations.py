@@ -89,6 +89,8 @@ _PIECES = 3
 _FILES = 16
 _MOST_ENTRIES = 1_000_000
 _EVENT_CREDIT = 64 * EVENT_COST
+# 64 events with two paths of 4 KiB, each byte of which may be two characters.
+_EVENT_JSON = 2 * 1024**2
 
 
 class Readable(Protocol):
@@ -780,7 +782,7 @@ class Watcher:
     def __init__(self, guest: Guest, path: Path, recursive: bool) -> None:
         self._guest = guest
         self._inbox = Inbox()
-        self._channel = Channel(self._inbox.put, _EVENT_CREDIT)
+        self._channel = Channel(self._inbox.put, _EVENT_CREDIT, most_json=_EVENT_JSON)
         arguments = {"path": _wire(path), "recursive": bool(recursive), **_relative(guest)}
         self._call = GuestCall("watching.watch", arguments, (), Inbox(), self._channel)
         self._events: deque[FileWatchEvent] = deque()

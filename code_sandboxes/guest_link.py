@@ -20,7 +20,7 @@ from code_sandboxes.guest_boot import boot_content, boot_metadata
 from code_sandboxes.guest_values import error_of
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.kernel_process import KernelInfo
-from code_sandboxes.protocol.events import CommClosed, CommMessage, Event, Idle, Replied, failure
+from code_sandboxes.protocol.events import CommClosed, CommMessage, Event, Idle, Replied, failure, json_size
 from code_sandboxes.protocol.messages import Message, Session
 from code_sandboxes.transports.loop import Loop, Timer
 
@@ -103,11 +103,13 @@ class Channel:
     Args:
         receive: gets each :class:`Told` and one :class:`ChannelEnded`, in the I/O thread; must not block.
         credit: bytes that may come before more are granted, see :func:`code_sandboxes.guest.calls.cost`.
+        most_json: bytes, about, of the JSON value of one message, which costs nothing by itself.
     """
 
-    def __init__(self, receive: Callable[[Event], object], credit: int) -> None:
+    def __init__(self, receive: Callable[[Event], object], credit: int, most_json: int = 256) -> None:
         self.receive = receive
         self.credit = credit
+        self.most_json = most_json
         self.number = 0
         self.is_over = False
 
@@ -425,7 +427,7 @@ class GuestLink:
             self._end_channel(channel, data["end"], None)
             return
         channel.credit -= cost(buffers)
-        if channel.credit < 0:
+        if channel.credit < 0 or json_size(data.get("data")) > channel.most_json:
             error = SandboxConnectionError("the sandbox sent more than it was granted")
             self._tell({"close": channel.number})
             self._end_channel(channel, None, error)

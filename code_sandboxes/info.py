@@ -91,9 +91,7 @@ class Capability:
         return "yes" if self.supported else f"no: {self.reason}"
 
 
-NO_SYSTEM_PACKAGES = Capability(
-    False, "they would be installed on this machine itself; use local-docker"
-)
+NO_SYSTEM_PACKAGES = Capability(False, "they would be installed on this machine itself; use local-docker")
 
 NO_SUBSHELLS = Capability(
     False,

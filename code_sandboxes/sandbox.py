@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from code_sandboxes import operations, package_operations, variable_operations
 from code_sandboxes.blocking import advance, drive
-from code_sandboxes.commands import SandboxCommands
 from code_sandboxes.errors import SandboxError
-from code_sandboxes.files import SandboxFilesystem
 from code_sandboxes.front import Front, finding, known_variant, listing
 from code_sandboxes.info import SandboxInfo, SandboxStatus, SandboxVariant
 from code_sandboxes.process_info import CommandResult
@@ -32,7 +30,9 @@ from code_sandboxes.results import (
 from code_sandboxes.steps import LEFT, Emit, Handlers, Operation, OutputHandler
 
 if TYPE_CHECKING:
+    from code_sandboxes.commands import SandboxCommands
     from code_sandboxes.config import SandboxConfig
+    from code_sandboxes.files import SandboxFilesystem
 
 __all__ = ["CodeStream", "LocalEvalSandbox", "LocalJupyterSandbox", "Sandbox"]
 
@@ -364,12 +364,16 @@ class Sandbox(Front):
 
     @property
     def files(self) -> SandboxFilesystem:
-        """Its files."""
+        """Its files; they can be used while code runs."""
+        from code_sandboxes.files import SandboxFilesystem  # a tenth of what the whole package takes
+
         return SandboxFilesystem(self._core)
 
     @property
     def commands(self) -> SandboxCommands:
         """Its commands; they work while code runs."""
+        from code_sandboxes.commands import SandboxCommands
+
         return SandboxCommands(self._core)
 
     # Contexts.

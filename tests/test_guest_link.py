@@ -393,6 +393,13 @@ def test_more_than_was_granted_ends_a_channel(guest: ScriptedGuest) -> None:
     assert guest.told[-1] == {"close": channel.number}
 
 
+def test_a_channel_brings_no_more_beside_the_buffers_than_was_agreed(guest: ScriptedGuest) -> None:
+    told, channel = listening(guest, 10_000)
+    guest.says({"channel": channel.number, "data": "x" * 300})
+
+    assert shown(told) == [None]
+
+
 def test_while_a_channel_is_open_the_guest_is_told_that_somebody_is_there(guest: ScriptedGuest) -> None:
     _, channel = listening(guest, 1000)
     guest.clock.passes()

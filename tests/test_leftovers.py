@@ -285,3 +285,14 @@ def test_too_few_descriptors_are_told() -> None:
     """
     looking = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert looking.stdout == "Too many open files\n"
+
+
+@pytest.mark.slow
+def test_commands_of_code_that_has_cleared_its_environment_are_gone_too() -> None:
+    with Sandbox.create("local-jupyter", isolation="none") as sandbox:
+        sandbox.run_code("import os; os.environ.clear(); os.unsetenv('CODE_SANDBOXES_KERNEL')")
+        process = psutil.Process(sandbox.commands.spawn(["/bin/sleep", "600"]).pid)
+        sandbox.run_code("import os; os._exit(1)")
+        sandbox.run_code("1")
+
+    assert has_ended(process)

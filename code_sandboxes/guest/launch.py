@@ -244,6 +244,16 @@ def ignore_interrupts_here_only(application: Any) -> None:
     application.init_signal = init_signal
 
 
+def keep_json() -> None:
+    """Let the kernel's messages not depend on what the user's code does to :mod:`json`."""
+    own = ModuleType("json")
+    vars(own).update(vars(json))
+    for name in ("jupyter_client.session", "zmq.utils.jsonapi", "ipykernel.subshell_manager"):
+        module: Any = sys.modules.get(name)
+        if getattr(module, "json", None) is json:
+            module.json = own
+
+
 def serve_guest(application: Any) -> None:
     """Load what serves files, commands and variables, before the user's code can change what that needs."""
     apart = load_sibling("apart")
@@ -361,6 +371,7 @@ def main() -> None:
     publish_before_exit()
     kernelapp = import_kernelapp()
     exit_like_python()
+    keep_json()
     survive_interrupts(kernelapp.IPKernelApp)
     from ipykernel import kernelbase
 
