@@ -67,6 +67,9 @@ _DRAIN_MOST = 0.5
 # How long a kernel that was there may take to answer on a new connection.
 _RECONNECT = 10.0
 
+# A question comes on a socket of its own, and may overtake what was printed before it.
+_OVERTAKEN = 0.005
+
 # How long an orderly end may take before it becomes a kill.
 _FAREWELL = 1.0
 
@@ -462,6 +465,10 @@ class Kernel:
         if self._process is not None:
             self._process.rest()
 
+    def _ask(self, run: Run, asked: InputAsked) -> None:
+        if run is self._current:
+            run.inbox.put(asked)
+
     def _answer(self, run: Run, asked: InputAsked, value: str) -> None:
         if run is not self._current:
             return
@@ -589,7 +596,9 @@ class Kernel:
             if not run.content.get("allow_stdin"):
                 return  # a kernel that asks all the same waits for nobody: the deadline ends it
             self._pause_clock(run)
-        elif isinstance(event, Replied):
+            self._loop.call_later(_OVERTAKEN, lambda: self._ask(run, event))
+            return
+        if isinstance(event, Replied):
             run.replied = True
             self._settle(run)
         run.inbox.put(event, wake=not isinstance(event, run.quiet))
