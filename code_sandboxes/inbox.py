@@ -15,6 +15,11 @@ from code_sandboxes.protocol.events import Displayed, Event, OutputDropped, Stre
 __all__ = ["Inbox"]
 
 
+# Seconds. Ctrl-C ends a wait for a lock, unless a library has set a handler of its own that lets system calls
+# go on (polars: SA_RESTART, sigaction(2)); then it is noticed between two waits.
+_LOOK = 0.25
+
+
 class Inbox:
     """A queue of events, from the I/O thread to one caller.
 
@@ -70,11 +75,11 @@ class Inbox:
             return not (self._head or self._tail or self._incoming or self._dropped)
 
     def wait(self, timeout: float | None) -> None:
-        """Block until something may have been put, at most *timeout* seconds."""
-        if timeout is None:
-            self._arrived.acquire()
+        """Block for a while, at most *timeout* seconds; returns at once when something has been put."""
+        if timeout is None or timeout > _LOOK:
+            self._arrived.acquire(timeout=_LOOK)
         elif timeout > 0:
-            self._arrived.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+            self._arrived.acquire(timeout=timeout)
 
     def notify(self, wake: Callable[[], None]) -> None:
         """Call *wake*, in the I/O thread, instead of ending a :meth:`wait`: for who must not block."""

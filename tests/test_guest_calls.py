@@ -102,27 +102,55 @@ def test_calls_leave_no_trace_in_the_namespace_the_history_and_the_count(sandbox
     "damage",
     [
         "open = print = exec = eval = len = isinstance = dict = __import__ = get_ipython = None",
-        "import os, json, subprocess\nos.open = os.read = os.stat = os.path = None\n"
-        "json.loads = json.dumps = None\nsubprocess.Popen = subprocess.run = None",
-        "import builtins\nbuiltins.open = builtins.len = None\nbuiltins.__import__ = lambda *a, **k: 1 / 0",
+        "import os\nfor name in 'open read write close stat listdir pipe'.split(): setattr(os, name, None)",
+        "import json\njson.loads = json.dumps = json.JSONEncoder = None",
+        "import subprocess, threading\nsubprocess.Popen = subprocess.run = threading.Thread = None",
+        "import builtins\nbuiltins.open = builtins.print = None",
+        "import builtins\nreal = builtins.__import__\n"
+        "builtins.__import__ = lambda name, *rest, **more: real(name, *rest, **more)",
         "get_ipython().display_formatter.formatters['text/plain'].for_type(dict, lambda *a: 1 / 0)\n"
         "get_ipython().events.register('pre_execute', lambda: 1 / 0)",
         "import sys\nfor name in ('os', 'json', 'subprocess', 'threading', 'comm'): del sys.modules[name]",
         "get_ipython().kernel.comm_manager.comms.clear()",
         "get_ipython().kernel.comm_manager.comms.clear(); get_ipython().kernel.comm_manager.targets.clear()",
     ],
-    ids=["shadowed", "patched", "builtins", "formatters", "modules", "comms", "targets"],
+    ids=[
+        "shadowed",
+        "os",
+        "json",
+        "subprocess",
+        "builtins",
+        "import",
+        "formatters",
+        "modules",
+        "comms",
+        "targets",
+    ],
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.needs("own_process", "magics")
 @pytest.mark.slow
 def test_calls_work_whatever_code_has_damaged(sandbox: Sandbox, damage: str, when: str) -> None:
+    kernel = sandbox.run_code("import os; os.getpid()").text
     if when == "after":
         call(sandbox)
     sandbox.run_code(damage)
 
     for _ in range(2):
-        call(sandbox)
+        sandbox.files.write("file", "content")
+        assert sandbox.files.read("file") == "content"
+        assert sandbox.commands.run("echo $PPID").stdout.strip() == kernel
+
+
+@pytest.mark.needs("own_process", "magics")
+@pytest.mark.slow
+def test_calls_work_after_code_has_broken_its_kernel(make_sandbox: Callable[..., Sandbox]) -> None:
+    sandbox = make_sandbox(timeout=2)
+    result = sandbox.run_code("import builtins\nbuiltins.__import__ = lambda *a, **k: 1 / 0")
+    assert not result.success  # ipykernel cannot even answer any more
+    assert not result.state_preserved
+
+    call(sandbox)
 
 
 @pytest.mark.needs("magics")

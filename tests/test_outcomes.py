@@ -404,6 +404,14 @@ def test_ctrl_c_in_the_program_interrupts_the_code_and_is_raised(sandbox: Sandbo
     assert sandbox.run_code("x").text == "1"
 
 
+def test_ctrl_c_is_noticed_where_a_library_lets_system_calls_go_on(sandbox: Sandbox) -> None:
+    signal.siginterrupt(signal.SIGINT, False)  # as polars does
+    try:
+        test_ctrl_c_in_the_program_interrupts_the_code_and_is_raised(sandbox, BUSY)
+    finally:
+        signal.siginterrupt(signal.SIGINT, True)
+
+
 def _with_short_grace() -> object:
     from code_sandboxes import SandboxConfig
 

@@ -44,20 +44,20 @@ def load(code_of: Callable[[str], CodeType]) -> dict[str, Any]:
     kept = {name: sys.modules[name] for name in (*SHARED, "os.path") if name in sys.modules}
     try:
         for name in SHARED:
-            sys.modules[name] = _copy(name, own_builtins)
+            sys.modules[name] = copy(name, own_builtins)
         for name in ("genericpath", "posixpath"):  # they and os import each other
             vars(sys.modules[name])["os"] = sys.modules["os"]
-        return {
-            name: _execute(ModuleType("_code_sandboxes_" + name), code_of(name), own_builtins)
-            for name in PARTS
-        }
+        if "os" in kept:  # there is one environment, and code changes it by that one
+            vars(sys.modules["os"])["environ"] = kept["os"].environ
+        return {name: _execute(ModuleType(PREFIX + name), code_of(name), own_builtins) for name in PARTS}
     finally:
         for name in SHARED:
             sys.modules.pop(name, None)
         sys.modules.update(kept)
 
 
-def _copy(name: str, own_builtins: dict[str, Any]) -> ModuleType:
+def copy(name: str, own_builtins: dict[str, Any]) -> ModuleType:
+    """A module of the standard library once more, with these built-in names."""
     spec = _find(name)
     module = ModuleType(name)
     module.__spec__ = spec

@@ -7,6 +7,7 @@ code runs.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from inspect import isawaitable
@@ -109,9 +110,8 @@ def set_environments(kernel: Any, text_of: Callable[[Any], str]) -> None:
 
 
 def environ() -> MutableMapping[str, str]:
-    """The environment as the user's code sees and changes it: theirs is the ``os`` that everybody shares."""
-    variables: MutableMapping[str, str] = sys.modules["os"].environ
-    return variables
+    """The environment as the user's code sees and changes it."""
+    return os.environ
 
 
 def announce(kernel: Any) -> None:

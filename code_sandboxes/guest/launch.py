@@ -7,6 +7,7 @@ is guarded: on an ipykernel that does not have what it changes, that version's o
 from __future__ import annotations
 
 import _thread
+import builtins
 import contextlib
 import faulthandler
 import gc
@@ -246,8 +247,7 @@ def ignore_interrupts_here_only(application: Any) -> None:
 
 def keep_json() -> None:
     """Let the kernel's messages not depend on what the user's code does to :mod:`json`."""
-    own = ModuleType("json")
-    vars(own).update(vars(json))
+    own = load_sibling("apart").copy("json", dict(vars(builtins)))
     for name in ("jupyter_client.session", "zmq.utils.jsonapi", "ipykernel.subshell_manager"):
         module: Any = sys.modules.get(name)
         if getattr(module, "json", None) is json:
