@@ -174,6 +174,7 @@ def test_what_threads_print_during_a_call_belongs_to_the_run_that_is_on(sandbox:
     assert not sandbox.background_output.stdout
 
 
+@pytest.mark.slow
 def test_a_call_ends_with_the_kernel_and_the_next_one_starts_another(sandbox: Sandbox) -> None:
     sandbox.run_code("variable = 1")
     call(sandbox)
@@ -208,6 +209,7 @@ def test_a_kernel_that_dies_under_a_call_says_how(sandbox: Sandbox) -> None:
     assert not sandbox.run_code("1").state_preserved
 
 
+@pytest.mark.slow
 def test_a_call_that_is_given_up_and_does_not_stop_holds_up_neither_calls_nor_code(variant: str) -> None:
     async def give_up() -> None:
         settings: dict[str, Any] = UNISOLATED.get(variant, {})

@@ -265,6 +265,7 @@ def test_pickling_carries_the_id_and_reattaches(start_program: StartProgram) -> 
         pickle.dumps(sandbox)
 
 
+@pytest.mark.slow
 def test_an_async_sandbox_is_found_pickled_and_detached_too(folder: Path) -> None:
     import asyncio
 
@@ -510,6 +511,7 @@ def test_waiting_for_the_other_programs_run_does_not_count_against_the_timeout(
         assert other.heard() == "ok"
 
 
+@pytest.mark.slow
 def test_a_death_under_one_programs_run_is_told_to_both(start_program: StartProgram) -> None:
     with create() as sandbox:
         sandbox.run_code("x = 1")
@@ -624,6 +626,7 @@ def test_a_program_that_is_stopped_does_not_keep_the_others_waiting(start_progra
         assert sandbox.run_code("x").text == "1"
 
 
+@pytest.mark.slow
 def test_two_threads_that_look_for_a_sandbox_at_once_find_the_same(start_program: StartProgram) -> None:
     other = start_program()
     sandbox_id = other.tell("sandbox = create(); print(sandbox.id)")
@@ -902,6 +905,7 @@ def test_a_killed_keeper_takes_the_kernels_along_and_is_told(folder: Path) -> No
         assert sandbox.run_code("1", context="other").text == "1"
 
 
+@pytest.mark.slow
 def test_a_keeper_killed_under_a_run_is_told_by_that_run(folder: Path) -> None:
     with create() as sandbox:
         result = sandbox.run_code(
