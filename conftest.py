@@ -61,6 +61,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         fronts: tuple[str, ...] = FRONTS if every is True else every or FRONTS[:1]
         if metafunc.definition.get_closest_marker("callbacks"):
             fronts = tuple(front for front in fronts if front != "iterator")
+        if metafunc.definition.get_closest_marker("one_front"):
+            fronts = fronts[:1]
         # One front is enough for a first answer; the others are the whole suite's.
         marks = {front: () if front == FRONTS[0] else (pytest.mark.slow,) for front in fronts}
         metafunc.parametrize("front", [pytest.param(f, marks=marks[f]) for f in fronts], scope="session")

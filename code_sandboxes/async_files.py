@@ -326,6 +326,7 @@ class AsyncFileWatcher:
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
+        watcher.close_after(self)
 
     @documented_by(FileWatcher.close)
     async def close(self) -> None:

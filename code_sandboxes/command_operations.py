@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from code_sandboxes.checks import check_seconds, check_str_mapping
 from code_sandboxes.errors import SandboxConnectionError, SandboxExecutionError, SandboxTimeoutError
 from code_sandboxes.guest.calls import cost, wire_path
-from code_sandboxes.guest_calls import Guest
+from code_sandboxes.guest_calls import Guest, answer_of
 from code_sandboxes.guest_link import Answered, Channel, ChannelEnded, GuestCall, Refused, Told
 from code_sandboxes.guest_values import as_bool, as_float, as_int, as_list, as_object, as_path, as_str
 from code_sandboxes.inbox import Inbox
@@ -23,7 +23,7 @@ from code_sandboxes.processes import SIGKILL, WINDOW, End, Process, end_of, outp
 from code_sandboxes.protocol.events import Event
 from code_sandboxes.protocol.outputs import LineSplitter
 from code_sandboxes.results import Context, Printed
-from code_sandboxes.steps import Emit, Operation, Wait
+from code_sandboxes.steps import Emit, Operation, Wait, next_event
 
 __all__ = ["CommandLine", "connect", "kill", "list_processes", "run", "run_script", "start"]
 
@@ -299,12 +299,16 @@ class _Running:
 
     def give_up(self) -> Operation[None]:
         """Kill it, and wait a moment for its end."""
-        self._guest.begin(GuestCall("processes.signal", {"id": self._id, "number": SIGKILL}, (), self.inbox))
+        self._guest.cancel(self._start)  # it may not have been sent yet
+        kill = GuestCall("processes.signal", {"id": self._id, "number": SIGKILL}, (), self.inbox)
+        self._guest.begin(kill)
         self._ends_at, self._rest = None, _Peekable(iter(()))
         until = time.monotonic() + _PATIENCE
         try:
             while self.end is None and time.monotonic() < until:
                 event = yield from self.next_event(until)
+                if isinstance(event, Answered) and event.call is kill and event.value is False:
+                    return  # it has ended, or never began
                 if event is not None:
                     self.take(event)
         except SandboxConnectionError:  # so it is gone, too
@@ -482,11 +486,12 @@ def start(
 
 
 def _started(process: Process, arguments: Mapping[str, object]) -> Operation[Process]:
-    inbox = Inbox()
-    process.guest.begin(GuestCall("processes.start", arguments, (), inbox, process.channel))
+    call = GuestCall("processes.start", arguments, (), Inbox(), process.channel)
+    process.guest.begin(call)
     try:
-        info = _described((yield from _answer(inbox)))
+        info = _described(answer_of((yield from next_event(call.inbox))).value)
     except BaseException as error:
+        process.guest.cancel(call)
         if not isinstance(error, OSError):  # it may have been started
             process.kill_at_once()
         process.guest.close_channel(process.channel)
@@ -506,13 +511,14 @@ def connect(core: Core, pid: int, context: Context | str | None) -> Operation[Pr
 
 def _connected(guest: Guest, pid: int) -> Operation[Process]:
     process = Process(guest, "", "")
-    inbox = Inbox()
-    guest.begin(GuestCall("processes.connect", {"pid": pid}, (), inbox, process.channel))
+    call = GuestCall("processes.connect", {"pid": pid}, (), Inbox(), process.channel)
+    guest.begin(call)
     try:
-        value = yield from _answer(inbox)
+        value = answer_of((yield from next_event(call.inbox))).value
         info = _described(value)
         process.id, process.pid, process.command = as_str(as_object(value).get("id")), info.pid, info.command
     except BaseException:
+        guest.cancel(call)
         guest.close_channel(process.channel)
         raise
     return process
@@ -545,18 +551,6 @@ def _check_pid(pid: object) -> int:
     if isinstance(pid, bool) or not isinstance(pid, int):
         raise TypeError(f"pid must be an int, not {type(pid).__name__}")
     return pid
-
-
-def _answer(inbox: Inbox) -> Operation[object]:
-    event = None
-    while event is None:
-        event = inbox.take()
-        if event is None:
-            yield Wait(inbox)
-    if isinstance(event, Refused):
-        raise event.error
-    assert isinstance(event, Answered)
-    return event.value
 
 
 def _described(value: object) -> ProcessInfo:

@@ -11,6 +11,7 @@ import io
 import os
 import posixpath
 import stat
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Protocol, TypeVar
 from code_sandboxes.errors import SandboxConnectionError
 from code_sandboxes.file_info import FileInfo, FileType, FileWatchEvent, FileWatchEventType
 from code_sandboxes.guest.calls import wire_path
-from code_sandboxes.guest.files import SMALL
+from code_sandboxes.guest.files import BATCH, SMALL
 from code_sandboxes.guest.watching import BATCH as EVENT_BATCH, COST as EVENT_COST
 from code_sandboxes.guest_calls import Answer, Guest, answer_of
 from code_sandboxes.guest_link import Answered, Channel, ChannelEnded, GuestCall, Refused, Told
@@ -88,6 +89,8 @@ PIECE = 4 * 1024**2
 _PIECES = 3
 _FILES = 16
 _MOST_ENTRIES = 1_000_000
+# Characters of a name, a path or where a link leads: four times what Linux takes.
+_LONGEST = 16 * 1024
 _EVENT_CREDIT = 64 * EVENT_COST
 # 64 events with two paths of 4 KiB, each byte of which may be two characters.
 _EVENT_JSON = 2 * 1024**2
@@ -228,18 +231,33 @@ def list_folder(guest: Guest, path: Path, depth: int) -> Operation[list[FileInfo
     return sorted(found, key=lambda info: info.path)
 
 
-def _entries(guest: Guest, handle: _Handle, take: Callable[[str, object], object]) -> Operation[None]:
-    """Open *handle* with a function that lists, and let *take* have the folder's path and each entry."""
+def _entries(
+    guest: Guest, handle: _Handle, take: Callable[[str, object], object]
+) -> Operation[Mapping[str, object]]:
+    """Open *handle* with a function that lists, and let *take* have the folder's path and each entry.
+
+    Returns what else the function has said of the folder.
+    """
     first = as_object((yield from handle.open()))
-    folder, batch = as_path(first.get("path")), as_list(first.get("entries"))
+    folder, batch = _no_longer(as_path(first.get("path"))), as_list(first.pop("entries", None))
     total = 0
     while batch:
+        if len(batch) > BATCH:
+            raise SandboxConnectionError(f"the sandbox sent {len(batch)} entries at once")
         total += len(batch)
         if total > _MOST_ENTRIES:
             raise OSError(errno.EOVERFLOW, f"more than {_MOST_ENTRIES} files", folder)
         for value in batch:
             take(folder, value)
         batch = as_list((yield from guest.call("files.more", handle=handle.number)).value)
+    return first
+
+
+def _no_longer(text: str) -> str:
+    """*text*, which the sandbox has sent, if the host is to keep it."""
+    if len(text) > _LONGEST:
+        raise SandboxConnectionError(f"the sandbox sent a name of {len(text)} characters")
+    return text
 
 
 def _info(folder: str, value: object) -> FileInfo:
@@ -247,7 +265,7 @@ def _info(folder: str, value: object) -> FileInfo:
     fields = as_list(value)
     if len(fields) != 7:
         raise bad_answer("an entry", value)
-    name, mode, owner, group = as_path(fields[0]), as_int(fields[1]), as_str(fields[4]), as_str(fields[5])
+    name, mode = _no_longer(as_path(fields[0])), as_int(fields[1])
     if not 0 <= mode < 2**32:
         raise bad_answer("permissions", mode)
     path = posixpath.join(folder, name) if name else folder
@@ -259,9 +277,9 @@ def _info(folder: str, value: object) -> FileInfo:
         modified=as_float(fields[3]),
         permissions=stat.filemode(mode),
         mode=stat.S_IMODE(mode),
-        owner=owner,
-        group=group,
-        symlink_target=None if fields[6] is None else as_path(fields[6]),
+        owner=_no_longer(as_str(fields[4])),
+        group=_no_longer(as_str(fields[5])),
+        symlink_target=None if fields[6] is None else _no_longer(as_path(fields[6])),
     )
 
 
@@ -269,7 +287,7 @@ def get_info(guest: Guest, path: Path) -> Operation[FileInfo]:
     answer = as_list((yield from _call(guest, "files.stat", path=_wire(path))).value)
     if len(answer) != 2:
         raise bad_answer("an entry", answer)
-    return _info(as_path(answer[0]), answer[1])
+    return _info(_no_longer(as_path(answer[0])), answer[1])
 
 
 def _kind(guest: Guest, path: Path) -> Operation[str | None]:
@@ -315,15 +333,17 @@ class Reading:
     """A file that comes in pieces; nothing of it is asked for before it is opened.
 
     Args:
-        arguments: those of ``files.open_read``.
+        length: so many bytes at most, if not all.
+        arguments: the others of ``files.open_read``.
 
     Attributes:
-        size: bytes that will come, or None where its system does not know.
+        size: bytes that will come at most, or None where its system does not know.
         mode: its permissions.
     """
 
-    def __init__(self, guest: Guest, **arguments: object) -> None:
-        self._handle = _Handle(guest, "files.open_read", **arguments)
+    def __init__(self, guest: Guest, length: int | None, **arguments: object) -> None:
+        self._handle = _Handle(guest, "files.open_read", length=length, **arguments)
+        self._length = length
         self._window = _Window(guest)
         self._asked = self._got = 0
         self._is_over = False
@@ -332,8 +352,9 @@ class Reading:
 
     def open(self) -> Operation[None]:
         answer = as_object((yield from self._handle.open()))
-        size = answer.get("size")
-        self.size = None if size is None else as_int(size)
+        said = answer.get("size")
+        sizes = [self._length, None if said is None else as_int(said)]
+        self.size = min((size for size in sizes if size is not None), default=None)
         self.mode = as_int(answer.get("mode"))
 
     def next(self) -> Operation[memoryview]:
@@ -344,7 +365,7 @@ class Reading:
         piece = memoryview(_only_buffer((yield from self._window.oldest()), PIECE))
         self._got += len(piece)
         if self.size is not None and self._got > self.size:
-            raise SandboxConnectionError("the sandbox sent more of a file than it said it has")
+            raise SandboxConnectionError("the sandbox sent more of a file than it has, or was asked for")
         if not piece:
             self._is_over = True
         return piece
@@ -360,12 +381,6 @@ class Reading:
                 return
             self._window.begin("files.read_on", handle=self._handle.number, size=PIECE)
             self._asked += PIECE
-
-    @property
-    def _is_all_asked(self) -> bool:
-        if self.size is None or self._asked < self.size:
-            return False
-        return bool(self._window) or self._got == self.size
 
     def close(self) -> None:
         self._is_over = True
@@ -384,7 +399,7 @@ def _only_buffer(answer: Answer, most: int) -> bytes | memoryview:
 
 
 def stream(guest: Guest, path: Path) -> Reading:
-    return Reading(guest, path=_wire(path), **_relative(guest))
+    return Reading(guest, None, path=_wire(path), **_relative(guest))
 
 
 def read(guest: Guest, path: Path) -> Operation[str]:
@@ -400,7 +415,7 @@ def read_bytes(guest: Guest, path: Path, offset: int, length: int | None) -> Ope
     if as_bool(answer.value):
         return bytes(_only_buffer(answer, SMALL if length is None else min(length, SMALL)))
     content = io.BytesIO()  # getvalue() does not copy
-    reading = Reading(guest, path=_wire(path), offset=offset, length=length, **_relative(guest))
+    reading = Reading(guest, length, path=_wire(path), offset=offset, **_relative(guest))
     try:
         yield from reading.open()
         while piece := (yield from reading.next()):
@@ -530,9 +545,10 @@ class OpenFile:
     def __init__(self, guest: Guest, path: Path, mode: str) -> None:
         self._guest = guest
         self._handle = _Handle(guest, "files.open", path=_wire(path), mode=mode, **_relative(guest))
+        self.can_seek = False
 
     def open(self) -> Operation[None]:
-        as_bool((yield from self._handle.open()))
+        self.can_seek = as_bool((yield from self._handle.open()))
 
     def read(self, size: int) -> Operation[memoryview]:
         """The next bytes, no more than *size* and :data:`PIECE`; none at the end."""
@@ -643,7 +659,7 @@ def _upload_folder(
 def _small(local: str, entry: Entry) -> Operation[tuple[str, list[bytes], dict[str, object]]]:
     """The call that makes *entry* in the sandbox."""
     if entry.type is FileType.DIRECTORY:
-        return "files.make_dir", [], {"parents": True}
+        return "files.make_dir", [], {"parents": True, "mode": entry.mode}
     if entry.type is FileType.SYMLINK:
         return "files.link", [], {"target": wire_path(entry.target)}
     source = Source(os.path.join(local, *entry.parts), follow=False)
@@ -656,7 +672,7 @@ def _small(local: str, entry: Entry) -> Operation[tuple[str, list[bytes], dict[s
 
 def download(guest: Guest, remote: Path, local: Path, on_progress: OnProgress | None) -> Operation[None]:
     _check_callable(on_progress)
-    reading = Reading(guest, path=_wire(remote), only_regular=True, **_relative(guest))
+    reading = Reading(guest, None, path=_wire(remote), only_regular=True, **_relative(guest))
     try:
         yield from reading.open()
     except IsADirectoryError:
@@ -696,8 +712,10 @@ def _download_folder(
     landing = FolderLanding(local)
     entries: list[Entry] = []
     try:
-        yield from _entries(guest, folder, lambda _, value: entries.append(_tree_entry(value)))
+        said = yield from _entries(guest, folder, lambda _, value: entries.append(_tree_entry(value)))
+        mode = as_int(said.get("mode"))
         check_entries(entries, os.fsdecode(remote))
+        yield from _locally(lambda: landing.begin(mode))
         yield from _build(guest, folder, landing, entries, on_progress)
         yield from _locally(landing.commit)
     except BaseException as error:
@@ -725,7 +743,6 @@ def _build(
     """Build what *entries* tell, of files that are read from *folder*."""
     of = {kind: [entry for entry in entries if entry.type is kind] for kind in FileType}
     progress = _Progress(on_progress, sum(entry.size for entry in of[FileType.FILE]))
-    yield from _locally(landing.begin)
     folders = sorted(of[FileType.DIRECTORY], key=lambda entry: len(entry.parts))
     yield from _locally(lambda: landing.make_folders(folders))
     small = [entry for entry in of[FileType.FILE] if entry.size <= PIECE]
@@ -764,7 +781,7 @@ def _is_full(waiting: deque[Entry], entry: Entry) -> bool:
 def _build_big(
     guest: Guest, folder: _Handle, landing: FolderLanding, entry: Entry, progress: _Progress
 ) -> Operation[None]:
-    reading = Reading(guest, tree=folder.number, path=_wire_parts(entry), length=entry.size)
+    reading = Reading(guest, entry.size, tree=folder.number, path=_wire_parts(entry))
     try:
         yield from reading.open()
         yield from _locally(lambda: landing.begin_file(entry))
@@ -829,6 +846,10 @@ class Watcher:
             raise event.error
         if isinstance(event.data, dict) and "error" in event.data:
             raise error_of(event.data["error"], "watch")
+
+    def close_after(self, holder: object) -> None:
+        """Close it when *holder* is no more."""
+        weakref.finalize(holder, self._guest.close_channel, self._channel).atexit = False
 
     def close(self) -> None:
         """Whoever waits for an event gets none any more."""

@@ -248,6 +248,7 @@ class _Raw(io.RawIOBase):
     def __init__(self, file: OpenFile, path: str, mode: str) -> None:
         self._file = file
         self._mode = mode
+        self._pid = os.getpid()
         self.name = path
 
     def readable(self) -> bool:
@@ -257,7 +258,7 @@ class _Raw(io.RawIOBase):
         return "r" not in self._mode or "+" in self._mode
 
     def seekable(self) -> bool:
-        return True
+        return self._file.can_seek
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         self._check(self.readable(), "read")
@@ -288,7 +289,7 @@ class _Raw(io.RawIOBase):
         return size
 
     def close(self) -> None:
-        if not self.closed:
+        if not self.closed and os.getpid() == self._pid:  # in a forked child it is not ours
             self._file.close()
         super().close()
 
@@ -429,12 +430,13 @@ class SandboxFileHandle:
 class FileWatcher:
     """Iterates over what happens in a folder; :meth:`close`, or leaving ``with``, ends that.
 
-    It ends by itself when the folder is gone. It raises ``OSError`` when so much happened at once that
-    something was lost, and :class:`SandboxConnectionError` when the kernel ended.
+    It ends by itself when the folder is gone, or nobody holds it any more. It raises ``OSError`` when so much
+    happened at once that something was lost, and :class:`SandboxConnectionError` when the kernel ended.
     """
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
+        watcher.close_after(self)
 
     def close(self) -> None:
         """End it; whoever waits for an event, in another thread, gets none."""

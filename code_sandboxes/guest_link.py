@@ -7,6 +7,7 @@ than there is room for. What the messages look like is written in ``guest/calls.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,10 @@ class Sender(Protocol):
     def __call__(self, message: Message, *, expect: bool = False) -> None: ...
 
 
+_numbers = itertools.count(1)
+"""Of calls and channels: no link may take another's for its own."""
+
+
 class _State(Enum):
     CLOSED = "closed"
     ASKING_SUBSHELL = "asking for a subshell"
@@ -160,8 +165,8 @@ class GuestLink:
         self._state = _State.CLOSED
         self._comm_id = ""
         self._subshell_id: str | None = None
-        self._stuck_comm_id = ""
-        self._numbers = 0
+        self._suspected: GuestCall | None = None
+        self._probe_id = ""
         self._waiting: list[GuestCall] = []
         self._calls: dict[int, GuestCall] = {}
         self._channels: dict[int, Channel] = {}
@@ -172,8 +177,7 @@ class GuestLink:
     # What operations ask.
 
     def call(self, call: GuestCall) -> None:
-        self._numbers += 1
-        call.number = self._numbers
+        call.number = next(_numbers)
         if call.channel is not None:
             call.channel.number = call.number
         self._call(call)
@@ -192,7 +196,10 @@ class GuestLink:
             self._waiting.remove(call)
         elif call.number in self._calls:
             self._tell({"cancel": call.number})
-            self._loop.call_later(_GRACE, lambda: self._get_unstuck(call))
+            if call.is_taken:  # its answer is not sent any more
+                del self._calls[call.number]
+            elif self._subshell_id is not None:  # else it is behind the cell that runs
+                self._loop.call_later(_GRACE, lambda: self._suspect(call))
         call.is_over = True
 
     def grant(self, channel: Channel, credit: int) -> None:
@@ -221,10 +228,14 @@ class GuestLink:
         if self._state is _State.OPEN:
             content = {"comm_id": self._comm_id, "data": {}}
             self._send(self._session.message("shell", "comm_close", content, subshell_id=self._subshell_id))
+        self._delete_subshell()
+        self.lost(SandboxConnectionError("this program has let go of the sandbox"))
+
+    def _delete_subshell(self) -> None:
         if self._subshell_id is not None:
             content = {"subshell_id": self._subshell_id}
             self._send(self._session.message("control", "delete_subshell_request", content))
-        self.lost(SandboxConnectionError("this program has let go of the sandbox"))
+            self._subshell_id = None
 
     # The way there.
 
@@ -290,9 +301,6 @@ class GuestLink:
 
     def _opened(self) -> None:
         self._state = _State.OPEN
-        if self._stuck_comm_id:
-            stuck, self._stuck_comm_id = self._stuck_comm_id, ""
-            self._tell({"call": 0, "name": "calls.close", "args": {"link": stuck}})
         waiting, self._waiting = self._waiting, []
         for call in waiting:
             self._send_call(call)
@@ -346,6 +354,11 @@ class GuestLink:
                 self._forget(recipient)
                 self._not_opened()
             return True
+        if recipient == self._probe_id and self._probe_id:
+            if isinstance(event, Replied):
+                self._forget(recipient)
+                self._probed(event.content)
+            return True
         if recipient in self._carriers:
             if isinstance(event, Idle):
                 self._delivered(recipient)
@@ -363,7 +376,7 @@ class GuestLink:
         """What the kernel had of this link is gone; what had not been begun is asked once more."""
         calls = list(self._calls.values())
         self._reset()
-        self._subshell_id = None  # nor is it known what has become of that
+        self._delete_subshell()  # nor is it known what has become of that
         self._calls.clear()
         error = SandboxConnectionError("the code in the kernel has cut off what serves files and commands")
         self._end_channels(error)
@@ -374,16 +387,36 @@ class GuestLink:
                 call.was_sent_again = True
                 self._call(call)
 
-    def _get_unstuck(self, call: GuestCall) -> None:
-        """A call that nobody waits for goes on and on: leave it, and its subshell, alone."""
-        if self._calls.get(call.number) is not call or call.is_taken:
+    def _suspect(self, call: GuestCall) -> None:
+        """A call that nobody waits for goes on: is it stuck, or does nobody in the kernel get a turn?"""
+        if self._is_going_on(call) and not self._probe_id:
+            probe = self._session.message("control", "create_subshell_request")
+            self._probe_id, self._suspected = probe.msg_id, call
+            self._send(probe, expect=True)
+
+    def _probed(self, content: Mapping[str, object]) -> None:
+        """Others get their turn: so will the call, if it is not stuck."""
+        call, self._suspected = self._suspected, None
+        subshell_id = content.get("subshell_id")
+        if call is not None and isinstance(subshell_id, str):
+            self._loop.call_later(_GRACE, lambda: self._get_unstuck(call, subshell_id))
+
+    def _get_unstuck(self, call: GuestCall, subshell_id: str) -> None:
+        """Leave the call alone with its subshell; whatever waits behind it is asked again in another one."""
+        self._probe_id = ""
+        if not self._is_going_on(call):
+            content = {"subshell_id": subshell_id}
+            self._send(self._session.message("control", "delete_subshell_request", content))
             return
-        stuck = self._comm_id
+        self._subshell_id = subshell_id
         del self._calls[call.number]
-        self._reopen()
-        self._stuck_comm_id = stuck
-        if self._state is _State.CLOSED:
-            self._open()
+        self._tell({"cancel": call.number})
+        for waiting in list(self._calls.values()):
+            if not waiting.is_taken:  # the guest knows it by its number, should it have come through
+                self._send_call(waiting)
+
+    def _is_going_on(self, call: GuestCall) -> bool:
+        return self._state is _State.OPEN and self._calls.get(call.number) is call and not call.is_taken
 
     def _received(self, event: CommMessage) -> None:
         data = event.data if isinstance(event.data, dict) else {}
@@ -392,6 +425,8 @@ class GuestLink:
         elif "open" in data:
             if self._state is _State.OPENING:
                 self._opened()
+        elif "closed" in data:
+            self._reopen()
         else:
             self._answered(data, event.buffers)
 
@@ -403,6 +438,8 @@ class GuestLink:
             return
         if kind == "taken":
             call.is_taken = True
+            if call.is_over:
+                del self._calls[call.number]
             return
         del self._calls[call.number]
         if kind == "failure":
@@ -445,7 +482,7 @@ class GuestLink:
 
     def _reset(self) -> None:
         self._state = _State.CLOSED
-        self._comm_id = self._opening_id = ""
+        self._comm_id = self._opening_id = self._probe_id = ""
         for msg_id in self._carriers:
             self._forget(msg_id)
         self._carriers.clear()

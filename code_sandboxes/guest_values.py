@@ -43,7 +43,10 @@ def as_int(value: object) -> int:
 def as_float(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise bad_answer("a number", value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise bad_answer("a number", value) from None
 
 
 def as_bool(value: object) -> bool:

@@ -6,10 +6,12 @@ takes is kept up to a limit, its beginning and its latest part, since iopub cann
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
 
+from code_sandboxes.errors import SandboxConnectionError
 from code_sandboxes.protocol.events import Displayed, Event, OutputDropped, Streamed, Updated, json_size
 
 __all__ = ["Inbox"]
@@ -28,6 +30,7 @@ class Inbox:
     """
 
     def __init__(self, limit: int = 256 * 1024**2) -> None:
+        self._pid = os.getpid()
         self._limit = limit
         self._half = limit // 2
         self._head: deque[tuple[Event, int]] = deque()
@@ -75,15 +78,32 @@ class Inbox:
             return not (self._head or self._tail or self._incoming or self._dropped)
 
     def wait(self, timeout: float | None) -> None:
-        """Block for a while, at most *timeout* seconds; returns at once when something has been put."""
+        """Block for a while, at most *timeout* seconds; returns at once when something has been put.
+
+        Raises:
+            SandboxConnectionError: this is a forked child, in which nobody puts anything.
+        """
+        self._check_process()
         if timeout is None or timeout > _LOOK:
             self._arrived.acquire(timeout=_LOOK)
         elif timeout > 0:
             self._arrived.acquire(timeout=timeout)
 
     def notify(self, wake: Callable[[], None]) -> None:
-        """Call *wake*, in the I/O thread, instead of ending a :meth:`wait`: for who must not block."""
+        """Call *wake*, in the I/O thread, instead of ending a :meth:`wait`: for who must not block.
+
+        Raises:
+            SandboxConnectionError: this is a forked child.
+        """
+        self._check_process()
         self._wake = wake
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise SandboxConnectionError(
+                f"what process {self._pid} waits for does not come to its fork {os.getpid()};"
+                " reach the sandbox with Sandbox.from_id()"
+            )
 
     def _take_in(self) -> None:
         while self._incoming:

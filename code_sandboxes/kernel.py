@@ -353,7 +353,7 @@ class Kernel:
             loss, self._loss_to_tell = self._loss_to_tell, None
             self._death_unreported = True
             call.inbox.put(Refused(call, SandboxConnectionError(loss.sentence)))
-        elif self._link is not None and not self._dying:
+        elif self._link is not None and not (self._dying or self._restarting):
             self._link.call(call)
         else:
             self._calls_waiting.append(call)

@@ -347,31 +347,41 @@ class Process:
             BrokenPipeError: nobody reads it any more.
         """
         inbox = Inbox()
-        on_the_way = 0
-        for piece in pieces_of(data):
-            if on_the_way == _AHEAD:
+        on_the_way: deque[GuestCall] = deque()  # they are answered in this order
+        try:
+            for piece in pieces_of(data):
+                if len(on_the_way) == _AHEAD:
+                    answer_of((yield from next_event(inbox)))
+                    on_the_way.popleft()
+                on_the_way.append(self._write(inbox, [piece], end=False))
+            while on_the_way:
                 answer_of((yield from next_event(inbox)))
-                on_the_way -= 1
-            self._write(inbox, [piece], end=False)
-            on_the_way += 1
-        for _ in range(on_the_way):
-            answer_of((yield from next_event(inbox)))
+                on_the_way.popleft()
+        except BaseException:  # nobody waits any more, whatever the reason
+            for call in on_the_way:
+                self.guest.cancel(call)
+            raise
 
     def close_stdin(self) -> Operation[None]:
         """What was written comes before its end; a process that has ended has none."""
         inbox = Inbox()
         if self.is_over:
             return
-        self._write(inbox, [], end=True)
+        call = self._write(inbox, [], end=True)
         try:
             answer_of((yield from next_event(inbox)))
         except BrokenPipeError:  # it is closed
             return
+        except BaseException:  # nobody waits any more, whatever the reason
+            self.guest.cancel(call)
+            raise
 
-    def _write(self, inbox: Inbox, pieces: Buffers, *, end: bool) -> None:
+    def _write(self, inbox: Inbox, pieces: Buffers, *, end: bool) -> GuestCall:
         if self.is_over:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-        self.guest.begin(GuestCall("processes.write", {"id": self.id, "end": end}, pieces, inbox))
+        call = GuestCall("processes.write", {"id": self.id, "end": end}, pieces, inbox)
+        self.guest.begin(call)
+        return call
 
     def signal(self, number: int) -> Operation[None]:
         """Send a signal to it and all that it has started; one that has ended gets none."""

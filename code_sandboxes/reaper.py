@@ -60,11 +60,6 @@ class Reaper:
             self._groups.add(process_group)
             self._tell()
 
-    def release_folder(self, folder: str) -> None:
-        with self._lock:
-            self._folders.discard(folder)
-            self._tell()
-
     def release_group(self, process_group: int) -> None:
         with self._lock:
             self._groups.discard(process_group)

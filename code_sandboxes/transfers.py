@@ -20,6 +20,7 @@ from threading import Lock, RLock
 from typing import Concatenate, ParamSpec, TypeVar
 
 from code_sandboxes.file_info import FileType
+from code_sandboxes.guest.files import write_all
 
 __all__ = ["Entry", "FileLanding", "FolderLanding", "Source", "check_entries", "entries_of", "type_of"]
 
@@ -241,7 +242,7 @@ class FileLanding(_Landing):
     def write(self, content: bytes | memoryview) -> None:
         assert self._fd is not None
         with _naming(self._path):
-            _write_all(self._fd, content)
+            write_all(self._fd, memoryview(content))
 
     @_step
     def commit(self) -> None:
@@ -276,7 +277,8 @@ class FolderLanding(_Landing):
         self._fd: int | None = None
 
     @_step
-    def begin(self) -> None:
+    def begin(self, mode: int = 0o777) -> None:
+        """With these permissions, of which the process may take some away; one that is there keeps its own."""
         self._target = os.path.realpath(self._path)
         is_there = os.path.lexists(self._target)
         if is_there and not os.path.isdir(self._target):
@@ -286,7 +288,7 @@ class FolderLanding(_Landing):
         with _naming(self._path):
             os.mkdir(temporary, 0o700)
             self._temporary = temporary
-            os.mkdir(self._content)  # only now with the permissions that folders get
+            os.mkdir(self._content, mode & 0o777 | 0o700)
             self._root = os.open(self._content, _FOLDER)
 
     @_step
@@ -307,7 +309,7 @@ class FolderLanding(_Landing):
     def write(self, content: bytes | memoryview) -> None:
         assert self._fd is not None
         with _naming(self._path):
-            _write_all(self._fd, content)
+            write_all(self._fd, memoryview(content))
 
     @_step
     def put(self, entry: Entry, content: bytes | memoryview) -> None:
@@ -440,9 +442,3 @@ def _naming(path: str) -> Iterator[None]:
 
 def _temporary_name() -> str:
     return _TEMPORARY + os.urandom(8).hex()
-
-
-def _write_all(fd: int, content: bytes | memoryview) -> None:
-    left = memoryview(content)
-    while left:
-        left = left[os.write(fd, left) :]

@@ -30,12 +30,14 @@ from code_sandboxes import (
     SandboxExecutionError,
     SandboxTimeoutError,
 )
-from code_sandboxes.command_operations import _Kept
-from code_sandboxes.guest_link import Channel, ChannelEnded, Told
-from code_sandboxes.processes import RING, WINDOW, end_of, output_of
+from code_sandboxes.command_operations import _Kept, _Peekable, _run, _Running, _started, command_of
+from code_sandboxes.guest_calls import Guest
+from code_sandboxes.guest_link import Channel, ChannelEnded, GuestCall, Told
+from code_sandboxes.processes import PIECE, RING, WINDOW, Process, end_of, output_of
+from code_sandboxes.steps import Operation
 from conftest import BUSY, UNISOLATED, MakeSandbox, wait_until
 
-EVERY_FRONT = True
+EVERY_FRONT = ("blocking", "async")
 
 # The iterator front is one of run_code() only.
 pytestmark = pytest.mark.callbacks
@@ -236,6 +238,48 @@ def test_a_run_that_is_cancelled_ends_its_command(variant: str, mark: str) -> No
 
     asyncio.run(main())
     wait_until(lambda: not sleeping(mark))
+
+
+@pytest.mark.parametrize("how", ["run", "spawn"])
+def test_what_is_given_up_before_it_was_sent_is_not_started(how: str) -> None:
+    guest = _ClosedWay()
+    arguments: dict[str, object] = {"id": "x"}
+    command = command_of("true")
+    if how == "run":
+        running = _Running(guest, arguments, (), _Peekable(iter(())), None, 1.0)
+        operation: Operation[Any] = _run(running, command, 1000, listen=False, check=False)
+    else:
+        operation = _started(Process(guest, "x", "true"), arguments)
+    next(operation)
+    with contextlib.suppress(ZeroDivisionError):
+        operation.throw(ZeroDivisionError())
+    assert [call.name for call in guest.waiting] == ["processes.signal"]
+
+
+def test_input_that_is_given_up_is_not_sent() -> None:
+    guest = _ClosedWay()
+    writing = Process(guest, "x", "true").write(b"-" * 10 * PIECE)
+    next(writing)
+    assert len(guest.waiting) == 4
+    with pytest.raises(ZeroDivisionError):
+        writing.throw(ZeroDivisionError())
+    assert guest.waiting == []
+
+
+class _ClosedWay(Guest):
+    """A guest to which the way is not open yet, and what waits for that."""
+
+    def __init__(self) -> None:
+        self.waiting: list[GuestCall] = []
+
+    def begin(self, call: GuestCall) -> None:
+        self.waiting.append(call)
+
+    def cancel(self, call: GuestCall) -> None:
+        self.waiting.remove(call)
+
+    def close_channel(self, channel: Channel) -> None:
+        pass
 
 
 def test_run_does_not_wait_for_what_goes_on_in_the_background(

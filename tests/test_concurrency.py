@@ -66,7 +66,7 @@ def test_50_sandboxes_in_one_process_do_not_mix_and_need_few_threads_and_descrip
         sandboxes = list(pool.map(lambda _: make_sandbox(), range(50)))
         per_sandbox = (open_descriptors() - descriptors) / 50
         in_pool = len(pool._threads)
-        assert threading.active_count() - in_pool == threads
+        assert threading.active_count() - in_pool <= threads  # some of earlier tests may end only now
         assert per_sandbox <= 8
 
     def run(i: int) -> None:

@@ -112,9 +112,9 @@ def outcome(call: GuestCall) -> object:
 def guest() -> ScriptedGuest:
     """One whose link is open."""
     guest = ScriptedGuest(SUBSHELLS, FEATURE)
-    guest.calls()
+    call = guest.calls()
     guest.opens()
-    guest.says({"answer": 1, "value": None})
+    guest.says({"answer": call.number, "value": None})
     guest.is_idle(guest.sent[-1])
     return guest
 
@@ -342,21 +342,53 @@ def test_a_call_nobody_waits_for_is_stopped_and_its_answer_dropped(guest: Script
 
 
 def test_a_call_that_does_not_stop_is_left_behind_with_its_subshell(guest: ScriptedGuest) -> None:
+    told, channel = listening(guest, 1000)
+    guest.says({"answer": channel.number, "value": "begun"})
     stuck, behind_it = guest.calls(), guest.calls()
-    stuck_comm = guest.comm_id
     guest.link.cancel(stuck)
     guest.clock.passes()
     guest.gives_subshell("another")
-    guest.says({"open": True})
+    guest.clock.passes()
 
-    assert guest.sent[-2].content["data"] == {
-        "call": 0,
-        "name": "calls.close",
-        "args": {"link": stuck_comm},
-    }
-    assert guest.sent[-1].header["subshell_id"] == "another"
+    cancelling, again = [message for message in guest.sent if message.header.get("subshell_id") == "another"]
+    assert cancelling.content["data"] == {"cancel": stuck.number}
+    assert again.content["data"] == {"call": behind_it.number, "name": "files.stat", "args": {"path": "x"}}
     guest.says({"answer": behind_it.number, "value": "works"})
     assert outcome(behind_it) == "works"
+    guest.says({"channel": channel.number, "data": "still"})
+    assert shown(told) == ["still"]
+
+
+def test_a_call_that_is_late_since_nobody_got_a_turn_is_not_stuck(guest: ScriptedGuest) -> None:
+    late = guest.calls()
+    guest.link.cancel(late)
+    guest.clock.passes()
+    guest.gives_subshell("another")  # now others get theirs again
+    guest.says({"answer": late.number, "value": 1})
+    guest.clock.passes()
+
+    assert guest.sent[-1].msg_type == "delete_subshell_request"
+    guest.calls()
+    assert guest.sent[-1].header["subshell_id"] == "S"
+
+
+def test_without_subshells_a_call_behind_a_cell_is_not_stuck() -> None:
+    guest = ScriptedGuest(FEATURE)
+    call = guest.calls()
+    guest.opens()
+    guest.link.cancel(call)
+    before = len(guest.sent)
+    guest.clock.passes()
+
+    assert len(guest.sent) == before
+
+
+def test_a_link_that_the_guest_has_forgotten_ends_what_was_open_on_it(guest: ScriptedGuest) -> None:
+    told, _ = listening(guest, 1000)
+    guest.says({"closed": True})
+
+    (ended,) = told
+    assert isinstance(ended, ChannelEnded)
 
 
 # Channels

@@ -144,6 +144,7 @@ def test_beyond_max_output_head_and_tail_are_kept_and_the_result_says_so(make_sa
 
 
 @pytest.mark.slow
+@pytest.mark.one_front
 def test_50_000_displays_reach_a_slow_callback_without_a_loss(shared_sandbox: Sandbox) -> None:
     seen: list[str | None] = []
 

@@ -16,7 +16,7 @@ import pytest
 from code_sandboxes import Sandbox, SandboxConfigurationError, SandboxExecutionError
 from conftest import MakeSandbox
 
-EVERY_FRONT = True
+EVERY_FRONT = ("blocking", "async")
 
 
 @pytest.mark.parametrize(

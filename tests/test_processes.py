@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import selectors
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -72,6 +75,9 @@ class Program:
 
     def has_more_than(self, channel: int, size: int) -> bool:
         return len(self.output(channel)) > size or self.has_ended(channel)
+
+    def cancel(self, call: int) -> None:
+        self.guest.receive(self.link, {"cancel": call}, [])
 
     def grant(self, channel: int, credit: int) -> None:
         self.guest.receive(self.link, {"grant": channel, "bytes": credit}, [])
@@ -303,3 +309,72 @@ def test_a_time_out_is_kept_while_nobody_reads(program: Program) -> None:
         "timed_out": True,
         "duration": pytest.approx(0.2, abs=5),
     }
+
+
+@pytest.mark.parametrize("timeout", [2.0**31, float("inf")])
+def test_a_time_out_may_be_as_long_as_one_likes(program: Program, timeout: float) -> None:
+    started = program.start("read line; exit 5", timeout=timeout, stdin="open", id="x")
+    assert program.answer(program.call("processes.list")) == [program.answer(started)]
+    program.call("processes.write", b"\n", id="x", end=True)
+    assert program.end(started)["exit_code"] == 5
+
+
+def test_a_wait_that_fails_ends_nothing(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "WAIT_FAILED", 0.01)
+    program.end(program.start("true"))
+    select, failures = selectors.DefaultSelector.select, [OSError("cannot wait")]
+
+    def fail_once(self: Any, timeout: float | None = None) -> Any:
+        if failures:
+            raise failures.pop()
+        return select(self, timeout)
+
+    monkeypatch.setattr(selectors.DefaultSelector, "select", fail_once)
+    for _ in range(2):
+        assert program.end(program.start("exit 5"))["exit_code"] == 5
+    assert "cannot wait" in capfd.readouterr().err
+
+
+def test_a_thread_that_cannot_be_started_leaves_nothing_and_the_next_call_tries_again(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = open_descriptors(), psutil.Process().children()
+    with monkeypatch.context() as patched:
+        patched.setattr(processes, "start_new_thread", refuse)
+        for number in (program.start("sleep 1000"), program.call("processes.list")):
+            assert program.failure(number)["message"] == "can't start new thread"
+    assert (open_descriptors(), psutil.Process().children()) == before
+    assert program.end(program.start("exit 5"))["exit_code"] == 5
+
+
+def test_input_that_was_given_up_does_not_come(program: Program) -> None:
+    started = program.start("read line; wc -c", stdin="open", id="x")
+    fills = program.call("processes.write", b"-" * 2**20, id="x", end=False)
+    given_up = [program.call("processes.write", b"-" * 1000, id="x", end=False) for _ in range(2)]
+    for call in given_up:
+        program.cancel(call)
+    ended = program.call("processes.write", b"\n123", id="x", end=True)
+    for call in (fills, ended):
+        program.answer(call)
+    assert program.end(started)["exit_code"] == 0
+    assert program.output(started).split() == [b"3"]
+
+
+def test_where_there_are_no_such_processes_only_starting_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fcntl", "termios"):
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("processes_of_windows", processes.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    guest = Guest([module.Processes(lambda: os.environ, lambda count: None)])
+    program = Program(guest, "one")
+    error = program.failure(program.start("true"))
+    assert "commands need Linux or macOS" in error["message"]
+    guest.close()

@@ -42,7 +42,7 @@ from code_sandboxes.guest_link import Answered, GuestCall
 from code_sandboxes.variable_operations import _decoded, _with_answer, received
 from conftest import UNISOLATED
 
-EVERY_FRONT = True
+EVERY_FRONT = ("blocking", "async")
 
 # They have no types.
 pa: Any = importlib.import_module("pyarrow")

@@ -16,6 +16,7 @@ From the guest::
     {"answer": 7, "value": ...}                          and buffers
     {"failure": 7, "error": {"kind": "OSError", "errno": "ENOENT", "message": ..., "path": ...}}
     {"taken": 7}                                         its answer comes later
+    {"closed": true}                                    the program was not heard for long, and is forgotten
     {"channel": 3, "data": ...}                         and buffers: what a call has set going; costs credit
     {"channel": 3, "end": ...}                          its last message
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from queue import SimpleQueue
 from threading import Lock, Thread, get_ident
@@ -45,6 +47,9 @@ def _current() -> str:
 
 STARTED_IN = _current()
 """The working directory of the kernel at its start."""
+
+REMEMBERED = 256
+"""How many of the latest calls are known again."""
 
 LATER: Any = object()
 """What a function returns that answers its call later."""
@@ -89,7 +94,7 @@ class Call:
     @staticmethod
     def absolute(path: str) -> str:
         """*path* from the root; links and ``..`` in it stay as they are."""
-        whole = os.path.join(os.getcwd(), path)
+        whole = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
         if os.sep != "/":
             return whole
         return "/" + "/".join(part for part in whole.split("/") if part not in ("", "."))
@@ -106,12 +111,16 @@ class Call:
     def answer(self, value: object) -> None:
         """Its one answer; from any thread."""
         if self.link.forget(self._number):
-            self.link.send({"answer": self._number, "value": value}, self._attached)
+            try:
+                self.link.send({"answer": self._number, "value": value}, self._attached)
+            except Exception as error:  # it cannot be written as JSON, say
+                self.link.send({"failure": self._number, "error": error_value(error)}, [])
 
     def fail(self, error: BaseException) -> None:
         """Instead of an answer; from any thread."""
         if self.channel is not None:
             self.link.forget_channel(self._number)
+            self.channel.close()
         if self.link.forget(self._number):
             self.link.send({"failure": self._number, "error": error_value(error)}, [])
 
@@ -223,6 +232,7 @@ class Link:
         self.on_close: list[Callable[[], object]] = []
         self._calls: dict[int, Call] = {}
         self._channels: dict[int, Channel] = {}
+        self._begun: deque[int] = deque(maxlen=REMEMBERED)
         self._heard_at = monotonic()
 
     def call(self, message: Mapping[str, Any], buffers: list[Any]) -> Call:
@@ -233,6 +243,13 @@ class Link:
             self._channels[message["channel"]] = channel
         made = self._calls[message["call"]] = Call(self, message["call"], buffers, channel)
         return made
+
+    def is_new(self, number: int) -> bool:
+        """It has not come before: what waits behind a call that is stuck is asked once more."""
+        if number in self._begun:
+            return False
+        self._begun.append(number)
+        return True
 
     def channel(self, number: int) -> Channel | None:
         """One that is open."""
@@ -336,7 +353,7 @@ class Guest:
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self._parts = list(parts)
-        self._functions: dict[str, Callable[..., object]] = {"calls.close": self._close}
+        self._functions: dict[str, Callable[..., object]] = {}
         self._in_threads: set[str] = set()
         for part in self._parts:
             self._functions.update(part.functions)
@@ -348,6 +365,7 @@ class Guest:
         """A program has connected; those that are gone are forgotten."""
         for link_name, link in list(self._links.items()):
             if link.is_forsaken and link.has_something_open:
+                link.send({"closed": True}, [])  # it may only have slept
                 self.close_link(link_name)
         link = self._links[name] = Link(send)
         return link
@@ -371,7 +389,8 @@ class Guest:
             return
         link.heard()
         if "call" in message:
-            self._call(link.call(message, buffers), message["name"], message["args"])
+            if link.is_new(message["call"]):
+                self._call(link.call(message, buffers), message["name"], message["args"])
         elif "cancel" in message:
             link.cancel(message["cancel"])
         elif "grant" in message:
@@ -390,13 +409,12 @@ class Guest:
             call.fail(LookupError("the guest has no function " + name))
         elif name in self._in_threads:
             call.take()
-            self._workers.run(lambda: call.perform(function, arguments))
+            try:
+                self._workers.run(lambda: call.perform(function, arguments))
+            except Exception as error:  # there may be no more threads
+                call.fail(error)
         else:
             call.perform(function, arguments)
-
-    def _close(self, call: Call, link: str) -> None:
-        """Another connection of the same program is stuck: end it, and what it is stuck in."""
-        self.close_link(link)
 
 
 def error_value(error: BaseException) -> dict[str, object]:
@@ -409,7 +427,8 @@ def error_value(error: BaseException) -> dict[str, object]:
             "message": error.strerror or os.strerror(number),
             "path": None if error.filename is None else wire_path(error.filename),
         }
-    return {"kind": type(error).__name__, "message": str(error)[:10_000]}
+    text = str(error)[:10_000].encode("utf-8", "backslashreplace").decode("utf-8")
+    return {"kind": type(error).__name__, "message": text}
 
 
 def wire_path(path: object) -> object:

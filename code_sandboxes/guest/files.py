@@ -138,7 +138,7 @@ class _Writing(_Open):
 
     def write(self, content: memoryview) -> None:
         with self.held() as fd, _named(self._path):
-            _write_all(fd, content)
+            write_all(fd, content)
 
     def copy_from(self, source: str) -> None:
         """Write what *source* has, and let the file say of itself what that does."""
@@ -151,8 +151,9 @@ class _Writing(_Open):
                 self.write(memoryview(piece))
         finally:
             os.close(fd)
-        with _named(self._path):
-            shutil.copystat(source, self._temporary)
+        if self._temporary:  # a device keeps what it says of itself
+            with _named(self._path):
+                shutil.copystat(source, self._temporary)
 
     def commit(self) -> None:
         with self.held() as fd, _named(self._path):
@@ -183,6 +184,7 @@ class _Tree(_Open):
     def __init__(self, path: str, depth: int | None) -> None:
         super().__init__(os.open(path, os.O_RDONLY | _DIRECTORY | _PLAIN) if _HAS_DIR_FD else None)
         self.path = path
+        self.mode = S_IMODE(os.stat(path if self.fd is None else self.fd).st_mode)
         self._entries = _walk(path, depth)
 
     def close(self) -> None:
@@ -280,7 +282,8 @@ class Files:
         """The first entries in a folder and, down to *depth*, in those in it; the channel is the handle."""
         tree = _Tree(_path(call, path, base), depth)
         self._keep(call, tree)
-        return {"path": call.wire(call.absolute(tree.path)), "entries": self._batch(call, tree)}
+        entries = self._batch(call, tree)
+        return {"path": call.wire(call.absolute(tree.path)), "mode": tree.mode, "entries": entries}
 
     def more(self, call: Call, handle: int) -> object:
         """The next entries; none when there are no more."""
@@ -292,14 +295,18 @@ class Files:
 
     # Changing what there is.
 
-    def make_dir(self, call: Call, path: Any, parents: bool, base: Any = None) -> None:
-        """Make a folder; with *parents* those that it is in, and it may be there already."""
+    def make_dir(self, call: Call, path: Any, parents: bool, mode: int = 0o777, base: Any = None) -> None:
+        """Make a folder; with *parents* those that it is in, and it may be there already.
+
+        *mode* are the permissions of one that is made; its owner can always use it.
+        """
         found = _path(call, path, base)
+        mode = mode & 0o777 | 0o700
         if not parents:
-            os.mkdir(found)
+            os.mkdir(found, mode)
             return
         with _named(found):
-            os.makedirs(found, exist_ok=True)
+            os.makedirs(found, mode, exist_ok=True)
 
     def remove(self, call: Call, path: Any, recursive: bool, base: Any = None) -> None:
         """Remove what is at *path*; a folder only if *recursive*."""
@@ -433,8 +440,11 @@ class Files:
 
     # A file as Python's open() gives one.
 
-    def open(self, call: Call, path: Any, mode: str, base: Any = None) -> object:
-        """Open a file in one of the modes of ``open()``: ``r``, ``w``, ``a`` or ``x``, and ``+``."""
+    def open(self, call: Call, path: Any, mode: str, base: Any = None) -> bool:
+        """Open a file in one of the modes of ``open()``: ``r``, ``w``, ``a`` or ``x``, and ``+``.
+
+        Returns whether it can be told where to go on.
+        """
         found = _path(call, path, base)
         flags = os.O_RDWR if "+" in mode else os.O_RDONLY if "r" in mode else os.O_WRONLY
         flags |= {"r": 0, "w": os.O_CREAT | os.O_TRUNC, "a": os.O_CREAT | os.O_APPEND, "x": 0}[mode[0]]
@@ -445,12 +455,12 @@ class Files:
         if mode[0] == "a":
             os.lseek(fd, 0, os.SEEK_END)
         self._keep(call, _File(fd, found))
-        return S_ISREG(os.fstat(fd).st_mode)
+        return _can_seek(fd)
 
     def handle_write(self, call: Call, handle: int) -> int:
         file = self._opened(call, handle, _File)
         with file.held() as fd, _named(file.path):
-            return sum(_write_all(fd, buffer) for buffer in call.buffers)
+            return sum(write_all(fd, buffer) for buffer in call.buffers)
 
     def seek(self, call: Call, handle: int, offset: int, whence: int) -> int:
         file = self._opened(call, handle, _File)
@@ -592,7 +602,15 @@ def _read_up_to(fd: int, most: int, expected: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _write_all(fd: int, content: memoryview) -> int:
+def _can_seek(fd: int) -> bool:
+    try:
+        os.lseek(fd, 0, os.SEEK_CUR)
+    except OSError:  # a terminal, say
+        return False
+    return True
+
+
+def write_all(fd: int, content: memoryview) -> int:
     written = 0
     while written < len(content):
         written += os.write(fd, content[written:])
@@ -607,16 +625,22 @@ def _walk(root: str, depth: int | None) -> Generator[tuple[str, os.stat_result],
     folders = [("", depth)]
     while folders:
         folder, left = folders.pop()
-        with os.scandir(os.path.join(root, folder) if folder else root) as entries:
-            for entry in entries:
-                name = os.path.join(folder, entry.name)
-                try:
-                    stat = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:  # removed in this moment
-                    continue
+        try:
+            for name, stat in _look_into(root, folder):
                 yield name, stat
                 if S_ISDIR(stat.st_mode) and left != 1:
                     folders.append((name, None if left is None else left - 1))
+        except (FileNotFoundError, NotADirectoryError):  # removed, or replaced, in this moment
+            if not folder:
+                raise
+
+
+def _look_into(root: str, folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    path = os.path.join(root, folder) if folder else root
+    with _named(path), os.scandir(path) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # removed in this moment
+                yield os.path.join(folder, entry.name), entry.stat(follow_symlinks=False)
 
 
 def _entry(call: Call, name: str, stat: os.stat_result, path: str) -> object:
@@ -632,15 +656,19 @@ def _entry(call: Call, name: str, stat: os.stat_result, path: str) -> object:
 def _owner(number: int) -> str:
     try:
         return str(getpwuid(number).pw_name)
-    except (KeyError, TypeError):  # it has no name, or nobody here has
+    except KeyError:  # it has no name
         return str(number)
+    except TypeError:  # nobody here owns files
+        return ""
 
 
 def _group(number: int) -> str:
     try:
         return str(getgrgid(number).gr_name)
-    except (KeyError, TypeError):  # the same
+    except KeyError:  # the same
         return str(number)
+    except TypeError:
+        return ""
 
 
 def _make_link(target: str, path: str) -> None:

@@ -15,17 +15,24 @@ import subprocess
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from errno import EPIPE, ESRCH
-from fcntl import ioctl
 from functools import partial
-from signal import SIGKILL
 from struct import unpack
-from termios import FIONREAD
 from threading import Lock
-from time import monotonic, time
+from time import monotonic, sleep, time
 from traceback import print_exc
 from typing import Any
 from weakref import WeakSet
+
+try:
+    from fcntl import ioctl
+    from signal import SIGKILL
+    from termios import FIONREAD
+except ImportError:  # Windows, where nothing of this works: see _start_thread()
+    CAN_START = False
+else:
+    CAN_START = True
 
 # Bytes of output in one message; a pipe of Linux holds as much.
 PIECE = 65536
@@ -39,6 +46,12 @@ LEAST_ROOM = 4096
 # Seconds between two looks at what nothing tells of: processes without a pidfd, and listeners that have died.
 POLLED = 0.05
 LISTENERS_LOOKED_AFTER = 5.0
+
+# Seconds that it waits at most; epoll takes no more than 2**31 milliseconds.
+LONGEST_WAIT = 3600.0
+
+# Seconds between two attempts to wait, when that fails.
+WAIT_FAILED = 1.0
 
 UNKNOWN = 255
 """The exit code of a process for which the user's code has waited: its status is told only once."""
@@ -211,6 +224,7 @@ class Processes:
             is_owner: nobody else has use for it.
             script: the first buffer is a file, whose name is its last argument.
         """
+        self._check_thread()  # before there is something that nobody would take care of
         arguments = [call.path(each) for each in argv]
         environment = dict(self._environ())
         environment.update({call.path(name): call.path(value) for name, value in env})
@@ -340,37 +354,54 @@ class Processes:
             except Exception as error:  # whatever it is, the program is to know
                 call.fail(error)
 
+        self._check_thread()
         if not self._ask(answer):
-            raise ProcessLookupError(ESRCH, os.strerror(ESRCH))
+            raise _gone()
         return call.LATER
+
+    def _check_thread(self) -> None:
+        """There is a thread that can be asked.
+
+        Raises:
+            ProcessLookupError: all has ended.
+        """
+        with self._starting:
+            if self._selector is None:
+                if self._is_closing:
+                    raise _gone()
+                self._start_thread()
 
     def _ask(self, function: Callable[[], object]) -> bool:
         """Let the thread call *function*, after what it was asked for before; False if all has ended."""
         with self._starting:
             if self._selector is None:
-                if self._is_closing:
-                    return False
-                self._start_thread()
+                return False
             self._asked.append(function)
             _wake(self._waker)
             return True
 
     def _start_thread(self) -> None:
-        self._woken, self._waker = os.pipe()
-        os.set_blocking(self._woken, False)
-        os.set_blocking(self._waker, False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._woken, selectors.EVENT_READ, lambda: os.read(self._woken, PIECE))
-        self._over.acquire()
-        # Not by threading: people patch it, and this one is not to be seen there.
-        start_new_thread(self._run, ())
+        if not CAN_START:
+            raise NotImplementedError("commands need Linux or macOS; this sandbox runs on " + os.name)
+        with ExitStack() as undo:
+            woken, waker = os.pipe()
+            undo.callback(_close, (woken, waker))
+            os.set_blocking(woken, False)
+            os.set_blocking(waker, False)
+            selector = undo.enter_context(selectors.DefaultSelector())
+            selector.register(woken, selectors.EVENT_READ, lambda: os.read(woken, PIECE))
+            self._over.acquire()
+            undo.callback(self._over.release)
+            # Not by threading: people patch it, and this one is not to be seen there. It waits for _starting.
+            start_new_thread(self._run, ())
+            undo.pop_all()
+        self._woken, self._waker, self._selector = woken, waker, selector
 
     # In the thread.
 
     def _run(self) -> None:
         while not self._has_closed():
-            for key, _ in self._selector.select(self._patience()):
-                self._call(key.data)
+            self._call(self._wait)
             for _ in range(len(self._asked)):
                 self._call(self._asked.popleft())
             self._call(self._look_at_clock)
@@ -385,20 +416,31 @@ class Processes:
             _close([self._waker, self._woken])
             return True
 
+    def _wait(self) -> None:
+        """Wait until something has happened, and do what is to be done then."""
+        try:
+            happened = self._selector.select(self._patience())
+        except Exception:  # it is said; what is asked for and the clock are looked at all the same
+            sleep(WAIT_FAILED)
+            raise
+        for key, _ in happened:
+            self._call(key.data)
+
     def _call(self, function: Callable[[], object]) -> None:
         try:
             function()
         except Exception:  # one process that went wrong must not end the thread that all of them need
             print_exc()
 
-    def _patience(self) -> float | None:
+    def _patience(self) -> float:
         now = monotonic()
-        times = [p.ends_at - now for p in self._processes.values() if p.ends_at is not None]
+        times = [LONGEST_WAIT]
+        times += [p.ends_at - now for p in self._processes.values() if p.ends_at is not None]
         if any(p.exit_code is None and p.pidfd < 0 for p in self._processes.values()):
             times.append(POLLED)
         if any(p.room < LEAST_ROOM for p in self._processes.values()):
             times.append(LISTENERS_LOOKED_AFTER)
-        return max(0.0, min(times)) if times else None
+        return max(0.0, min(times))
 
     def _look_at_clock(self) -> None:
         now = monotonic()
@@ -493,6 +535,9 @@ class Processes:
         try:
             while process.pending:
                 data, call = process.pending[0]
+                if call is not None and call._is_stopped:  # whoever wrote it has given up
+                    process.pending.popleft()
+                    continue
                 written = os.write(process.stdin, data[:PIECE]) if len(data) else 0
                 if written < len(data):
                     process.pending[0] = (data[written:], call)
@@ -593,7 +638,7 @@ class Processes:
         for process in self._processes.values():
             if process.pid == pid and process.exit_code is None:
                 return process
-        raise ProcessLookupError(ESRCH, os.strerror(ESRCH))
+        raise _gone()
 
     def _end_all(self) -> None:
         for process in self._processes.values():
@@ -650,6 +695,10 @@ def _spawn(argv: list[str], folder: str | None, env: Mapping[str, str], stdin: s
         _close(theirs)
     outputs = [Output(stream, ours[stream]) for stream in (STDOUT, STDERR)]
     return Process(popen, ours[2] if stdin is not None else -1, outputs)
+
+
+def _gone() -> ProcessLookupError:
+    return ProcessLookupError(ESRCH, os.strerror(ESRCH))
 
 
 def _close(fds: Iterable[int]) -> None:
