@@ -209,7 +209,8 @@ class GuestLink:
 
     def close_channel(self, channel: Channel) -> None:
         """Nobody listens any more."""
-        if self._channels.pop(channel.number, None) is not None:
+        if self._channels.get(channel.number) is channel:
+            del self._channels[channel.number]
             channel.is_over = True
             self._tell({"close": channel.number})
 
@@ -260,6 +261,14 @@ class GuestLink:
         self._has_subshells = isinstance(subshell_id, str)
         self._subshell_id = subshell_id if isinstance(subshell_id, str) else None
         self._open()
+
+    def _not_replied(self, request_id: str) -> None:
+        """Code in the kernel may have taken away what replies."""
+        if self._opening_id == request_id and self._state is _State.ASKING_SUBSHELL:
+            self._subshell_replied({})
+        elif self._opening_id == request_id and self._state is _State.BOOTING:
+            error = "files and commands could not be set up: the kernel did not answer"
+            self.lost(SandboxConnectionError(error))
 
     def _boot(self) -> None:
         self._state = _State.BOOTING
@@ -350,7 +359,10 @@ class GuestLink:
             elif self._state is _State.BOOTING and isinstance(event, Replied):
                 self._forget(recipient)
                 self._booted(event)
-            elif self._state is _State.OPENING and isinstance(event, Idle):
+            elif self._state is not _State.OPENING and isinstance(event, Idle):
+                # The reply comes on another socket, and may be later.
+                self._loop.call_later(_GRACE, lambda: self._not_replied(recipient))
+            elif isinstance(event, Idle):
                 self._forget(recipient)
                 self._not_opened()
             return True

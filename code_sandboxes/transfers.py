@@ -278,7 +278,7 @@ class FolderLanding(_Landing):
 
     @_step
     def begin(self, mode: int = 0o777) -> None:
-        """With these permissions, of which the process may take some away; one that is there keeps its own."""
+        """With these permissions, less what the process takes away; a folder that is there keeps its own."""
         self._target = os.path.realpath(self._path)
         is_there = os.path.lexists(self._target)
         if is_there and not os.path.isdir(self._target):

@@ -449,6 +449,13 @@ def test_a_copy_that_fails_leaves_no_half(shared_sandbox: Sandbox, folder: str) 
     assert os.listdir(folder) == ["a"]
 
 
+def test_a_file_is_copied_to_a_device(shared_sandbox: Sandbox, folder: str) -> None:
+    Path(folder, "f").write_text("x")
+    shared_sandbox.files.copy(f"{folder}/f", "/dev/null")
+
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
 def test_removing_does_not_follow_links(shared_sandbox: Sandbox, folder: str) -> None:
     os.makedirs(f"{folder}/kept/d")
     os.mkdir(f"{folder}/removed")
@@ -492,6 +499,8 @@ def test_a_handle_reads_and_writes_as_pythons_own(shared_sandbox: Sandbox, folde
         assert Path(path).read_bytes()[:5] == b"EINS\n"
         assert handle.truncate(5) == 5
     assert Path(path).read_bytes() == b"EINS\n"
+    with files.open("/dev/null", "r+b") as handle:
+        assert handle.seek(0) == 0
     with files.open(path, "rb") as handle, pytest.raises(io.UnsupportedOperation):
         handle.write(b"x")
     with files.open(path, "w") as handle, pytest.raises(io.UnsupportedOperation):
@@ -686,6 +695,27 @@ def test_a_watch_ends_with_its_folder_and_when_it_is_closed(shared_sandbox: Sand
     listening.join(30)
     assert not listening.is_alive()
     assert list(watcher) == []
+
+
+def test_a_watch_that_is_abandoned_leaves_nothing_in_the_kernel(shared_sandbox: Sandbox, folder: str) -> None:
+    count = (
+        "import os\n"
+        "links = (f'/proc/self/fd/{fd}' for fd in os.listdir('/proc/self/fd'))\n"
+        "sum('inotify' in os.readlink(link) for link in links if os.path.islink(link))"
+    )
+
+    def queues() -> str | None:
+        return shared_sandbox.run_code(count).text
+
+    before = queues()
+    for number in range(3):
+        watcher = shared_sandbox.files.watch(folder)
+        Path(folder, str(number)).touch()
+        for event in watcher:
+            assert event.path == f"{folder}/{number}"
+            break
+        del watcher
+    wait_until(lambda: queues() == before)
 
 
 @pytest.mark.needs("own_process")

@@ -12,6 +12,7 @@ import pytest
 from code_sandboxes import FileWatchEvent, FileWatchEventType, SandboxConnectionError, file_operations
 from code_sandboxes.blocking import drive
 from code_sandboxes.errors import SandboxError
+from code_sandboxes.files import FileWatcher, _Raw
 from code_sandboxes.guest import files as guest_files, watching as guest_watching
 from code_sandboxes.guest.calls import Guest, Link
 from code_sandboxes.guest.files import SMALL, Files
@@ -181,6 +182,43 @@ def test_a_tree_reads_by_way_of_no_link(program: Program, tmp_path: Path) -> Non
             program.call("files.open_read", credit=0, tree=handle, path=path, length=9)
 
 
+def test_a_folder_that_vanishes_while_it_is_listed_is_left_out(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guest_files, "BATCH", 3)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "in").touch()
+    first = program.call("files.list", path=str(tmp_path), depth=None, credit=0)
+    handle = program.handle
+    (tmp_path / "a/in").unlink()
+    (tmp_path / "a").rmdir()
+    (tmp_path / "b/in").unlink()
+    (tmp_path / "b").rmdir()
+    (tmp_path / "b").touch()
+
+    assert sorted(each[0] for each in first["entries"]) == ["a", "b", "c"]
+    assert [each[0] for each in program.call("files.more", handle=handle)] == ["c/in"]
+    assert program.call("files.more", handle=handle) == []
+
+
+def test_a_folder_that_cannot_be_listed_is_named(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError) as caught:
+        program.call("files.list", path=str(tmp_path), depth=None, credit=0)
+    assert caught.value.filename == str(tmp_path / "closed")
+
+
 @pytest.mark.parametrize(
     "poll", [pytest.param(False, id="inotify"), pytest.param(True, id="polling", marks=pytest.mark.slow)]
 )
@@ -258,7 +296,7 @@ def liar(*answers: tuple[object, Sequence[bytes]]) -> HostGuest:
 
 
 def listing(*entries: object) -> tuple[object, Sequence[bytes]]:
-    return {"path": "/remote", "entries": list(entries)}, []
+    return {"path": "/remote", "mode": 0o755, "entries": list(entries)}, []
 
 
 def entry(name: object, mode: int = 0o100644, size: object = 1, target: object = None) -> list[object]:
@@ -292,6 +330,13 @@ def test_no_more_is_read_than_was_said_to_be_there() -> None:
         drive(file_operations.read_bytes(big, "f", 0, None))
 
 
+@pytest.mark.parametrize("said", [None, 80 * MIB])
+def test_no_more_is_read_than_was_asked_for(said: int | None) -> None:
+    endless = liar((False, []), ({"size": said, "mode": 0o644}, []), (1, [bytes(MIB)]))
+    with pytest.raises(SandboxConnectionError, match="more of a file than"):
+        drive(file_operations.read_bytes(endless, "f", 0, 10))
+
+
 @pytest.mark.parametrize("size", ["1", -1, 1.5, True, []], ids=repr)
 def test_a_size_is_a_number(size: object) -> None:
     wrong = liar((False, []), ({"size": size, "mode": 0o644}, []), (0, [b""]))
@@ -312,8 +357,15 @@ def test_a_size_is_a_number(size: object) -> None:
         {"path": "/", "entries": [entry("a", mode=2**40)]},
         {"path": "/", "entries": [entry("a", size="1")]},
         {"path": "/", "entries": [entry("a", target=5)]},
+        {"path": "/", "entries": [entry("a")] * (guest_files.BATCH + 1)},
+        {"path": "/" * 20_000, "entries": []},
+        {"path": "/", "entries": [entry("a" * 20_000)]},
+        {"path": "/", "entries": [entry({"hex": "ff" * 20_000})]},
+        {"path": "/", "entries": [entry("a", target="b" * 20_000)]},
+        {"path": "/", "entries": [[*entry("a")[:4], "o" * 20_000, "g", None]]},
+        {"path": "/", "entries": [[*entry("a")[:4], "o", "g" * 20_000, None]]},
     ],
-    ids=repr,
+    ids=lambda answer: repr(answer)[:60],
 )
 def test_a_listing_has_the_right_shape_or_is_an_error(answer: object) -> None:
     with pytest.raises(SandboxConnectionError):
@@ -423,3 +475,30 @@ def test_answers_of_many_calls_may_come_in_any_order() -> None:
         call.inbox.put(Answered(call, call.name, []))
 
     assert [drive(window.oldest()).value for _ in "abc"] == ["a", "b", "c"]
+
+
+def test_what_has_no_owner_here_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows."""
+    monkeypatch.setattr(guest_files, "getpwuid", None)
+    monkeypatch.setattr(guest_files, "getgrgid", None)
+
+    assert (guest_files._owner(0), guest_files._group(0)) == ("", "")
+
+
+def test_a_watch_that_nobody_holds_is_closed() -> None:
+    guest = liar(("/", []))
+    watcher = FileWatcher(drive(file_operations.watch(guest, "/", False)))
+    assert not cast(Liar, guest).closed
+
+    del watcher
+    assert len(cast(Liar, guest).closed) == 1
+
+
+def test_a_file_is_not_closed_by_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = liar((True, []))
+    file = _Raw(drive(file_operations.open_file(guest, "f", "w")), "f", "w")
+    monkeypatch.setattr(os, "getpid", lambda: 0)
+    file.close()
+
+    assert file.closed
+    assert not cast(Liar, guest).closed

@@ -153,6 +153,16 @@ def test_a_subshell_that_is_refused_is_done_without() -> None:
     assert "subshell_id" not in guest.latest("comm_msg").header
 
 
+def test_a_request_for_a_subshell_that_nobody_answers_is_not_waited_for() -> None:
+    guest = ScriptedGuest(SUBSHELLS, FEATURE)
+    guest.calls()
+    guest.is_idle(guest.latest("create_subshell_request"))
+    guest.clock.passes()
+    guest.opens()
+
+    assert "subshell_id" not in guest.latest("comm_msg").header
+
+
 def test_the_guest_is_brought_to_a_python_kernel_that_has_none() -> None:
     guest = ScriptedGuest(SUBSHELLS)
     guest.calls()

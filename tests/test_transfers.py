@@ -58,6 +58,7 @@ def make_tree(folder: Path) -> None:
     (folder / "b/c").write_text("C")
     (folder / "b/run").write_text("#!")
     (folder / "b/run").chmod(0o755)
+    (folder / "b").chmod(0o700)
     (folder / "b/up").symlink_to("../a")
     (folder / "link").symlink_to("b")
     (folder / "dangling").symlink_to("no")
@@ -161,7 +162,7 @@ def test_a_download_goes_where_a_link_of_the_users_leads_and_not_onto_a_folder(
 
 
 def test_a_folder_goes_there_and_back(shared_sandbox: Sandbox, here: Path, there: Path) -> None:
-    (here / "d").mkdir()
+    (here / "d").mkdir(0o750)
     make_tree(here / "d")
     (here / "d/big").write_bytes(b"b" * (9 * MIB))
     told: list[tuple[int, int]] = []
@@ -170,7 +171,9 @@ def test_a_folder_goes_there_and_back(shared_sandbox: Sandbox, here: Path, there
 
     assert tree(there / "made/d") == tree(here / "back") == tree(here / "d")
     assert (here / "back/big").stat().st_size == 9 * MIB
-    assert stat.S_IMODE((here / "back/b/run").stat().st_mode) == 0o755
+    for arrived in (there / "made/d", here / "back"):
+        modes = [stat.S_IMODE((arrived / name).stat().st_mode) for name in ("", "b", "b/run", "b/empty")]
+        assert modes == [0o750, 0o700, 0o755, 0o755]
     total = 9 * MIB + 6
     assert told.count((total, total)) == 2
     assert sorted(os.listdir(here)) == ["back", "d"]

@@ -754,3 +754,17 @@ def test_a_transfer_that_is_given_up_leaves_nothing_under_way(variant: str, way:
             assert await sandbox.get_variable("__name__") == "__main__"
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_items_of_no_size_are_not_any_number() -> None:
+    form = {"kind": "array", "dtype": "|S0", "shape": [2**61], "order": "C", "scalar": False}
+
+    with pytest.raises(values.NotTransferable):
+        values.decode(form, BytesIO())
+
+
+def test_a_field_whose_name_is_no_text_is_refused(shared_sandbox: Sandbox) -> None:
+    shared_sandbox.run_code("import numpy; odd = numpy.zeros(2, dtype=[('\\ud800', 'f8')])")
+
+    with pytest.raises(SandboxSerializationError, match="name is no text"):
+        shared_sandbox.get_variable("odd")

@@ -33,7 +33,7 @@ _PLAIN_DTYPE = re.compile(
 )
 _LONG_DTYPE = re.compile(r"([<>](?:f|c)\d{2})/(\d{1,3})")
 
-# Where Arrow stores nothing for a cell (nulls), a few bytes could stand for any number of them.
+# Where nothing is stored for a cell (nulls of Arrow, items of no size), no bytes could stand for any number.
 _FREE_CELLS = 1_000_000
 
 
@@ -258,9 +258,12 @@ def _decode_array(form: Mapping[str, Any], data: BytesIO) -> object:
     try:
         dtype = _dtype_of(form.get("dtype"), numpy, 0)
         shape = tuple(_count(length) for length in _list(form.get("shape")))
-        nbytes = dtype.itemsize
+        cells = 1
         for length in shape:
-            nbytes *= length
+            cells *= length
+        nbytes = dtype.itemsize * cells
+        if not dtype.itemsize and cells > _FREE_CELLS:
+            raise NotTransferable("an array of so many items of no size")
         buffer = data.getbuffer()
         if nbytes != len(buffer) or (form.get("scalar") and shape):
             raise NotTransferable("an array whose shape and bytes do not fit")
@@ -271,12 +274,23 @@ def _decode_array(form: Mapping[str, Any], data: BytesIO) -> object:
     return array[()] if form.get("scalar") else array
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
+
+
 def _dtype_form(dtype: Any, numpy: Any) -> object:
     if dtype.subdtype is not None:
         return {"base": _dtype_form(dtype.subdtype[0], numpy), "shape": list(dtype.subdtype[1])}
     if dtype.names is not None:
         fields = [dtype.fields[name] for name in dtype.names]
         titles = [field[2] if len(field) > 2 else None for field in fields]
+        for name in dtype.names:
+            if not _is_text(name):
+                raise NotTransferable("an array with a field whose name is no text: " + ascii(name))
         if not all(title is None or type(title) is str for title in titles):
             raise NotTransferable("a numpy array with titles in its dtype that are no texts")
         return {
