@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from code_sandboxes.checks import check_seconds, check_str_mapping
+from code_sandboxes.checks import check_environment, check_seconds
 from code_sandboxes.errors import SandboxConnectionError, SandboxExecutionError, SandboxTimeoutError
 from code_sandboxes.guest.calls import cost, wire_path
 from code_sandboxes.guest_calls import Guest, answer_of
@@ -171,7 +171,7 @@ def _arguments(
         "argv": [wire_path(each) for each in command.argv],
         "shown": wire_path(command.shown),
         "cwd": None if cwd is None else wire_path(os.fspath(cwd)),
-        "env": [[wire_path(name), wire_path(value)] for name, value in check_str_mapping("env", env).items()],
+        "env": [[wire_path(name), wire_path(value)] for name, value in check_environment("env", env).items()],
         "base": None if guest.base is None else wire_path(guest.base),
         "timeout": timeout,
     }

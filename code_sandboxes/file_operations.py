@@ -89,6 +89,8 @@ PIECE = 4 * 1024**2
 _PIECES = 3
 _FILES = 16
 _MOST_ENTRIES = 1_000_000
+# Characters of all names in a folder.
+_MOST_NAMES = 512 * 1024**2
 # Characters of a name, a path or where a link leads: four times what Linux takes.
 _LONGEST = 16 * 1024
 _EVENT_CREDIT = 64 * EVENT_COST
@@ -240,7 +242,7 @@ def _entries(
     """
     first = as_object((yield from handle.open()))
     folder, batch = _no_longer(as_path(first.get("path"))), as_list(first.pop("entries", None))
-    total = 0
+    total = names = 0
     while batch:
         if len(batch) > BATCH:
             raise SandboxConnectionError(f"the sandbox sent {len(batch)} entries at once")
@@ -248,7 +250,10 @@ def _entries(
         if total > _MOST_ENTRIES:
             raise OSError(errno.EOVERFLOW, f"more than {_MOST_ENTRIES} files", folder)
         for value in batch:
+            names += sum(len(str(field)) for field in as_list(value) if isinstance(field, (str, dict)))
             take(folder, value)
+        if names > _MOST_NAMES:
+            raise OSError(errno.EOVERFLOW, f"the names of files are more than {_MOST_NAMES} bytes", folder)
         batch = as_list((yield from guest.call("files.more", handle=handle.number)).value)
     return first
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import errno
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -140,6 +141,7 @@ class Stream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._rest: list[str] = []
         self._rest_size = 0
+        self._reading = threading.Lock()
 
     # In the I/O thread.
 
@@ -180,10 +182,12 @@ class Stream:
                 while changed.take() is not None:
                     pass
                 is_over = self._process.is_over  # asked first: what comes last comes before
-                if self._take():
-                    continue
+                with self._reading:  # there may be several
+                    if self._take():
+                        continue
+                    if is_over:
+                        self._finish()
                 if is_over:
-                    self._finish()
                     return bool(self.lines) or self._process.check()
                 yield Wait(changed)
         return True

@@ -703,3 +703,22 @@ def test_packages_go_to_the_package_manager_as_arguments(
             commands.install_system_packages(["a"], package_manager="port")
     finally:
         shared_sandbox.run_code("os.environ['PATH'] = before")
+
+
+@pytest.mark.slow
+def test_threads_that_share_a_stream_get_each_line_once(shared_sandbox: Sandbox) -> None:
+    process = shared_sandbox.commands.spawn("seq 100000")
+    lines: list[str] = []
+    readers = [threading.Thread(target=lambda: lines.extend(process.stdout)) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+
+    assert sorted(map(int, lines)) == list(range(1, 100001))
+
+
+@pytest.mark.parametrize("env", [{"": "x"}, {"A=B": "x"}, {"A": "\0"}])
+def test_an_environment_that_cannot_be_is_refused(shared_sandbox: Sandbox, env: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="env has"):
+        shared_sandbox.commands.run("true", env=env)

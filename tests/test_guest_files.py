@@ -378,6 +378,10 @@ def test_an_endless_listing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="more than 1000 files"):
         drive(file_operations.list_folder(endless, "/", 1))
     assert len(cast(Liar, endless).closed) == 1
+    monkeypatch.setattr(file_operations, "_MOST_NAMES", 1000)
+    heavy = liar(listing(entry("a")), ([entry("b" * 50)] * 10, []))
+    with pytest.raises(OSError, match="more than 1000 bytes"):
+        drive(file_operations.list_folder(heavy, "/", 1))
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ class Call:
     Attributes:
         buffers: what came with it.
         channel: opened with it, for what comes beside the answer and after it; None if there is none.
+        is_stopped: nobody waits for it any more.
         LATER: what a function returns that answers its call later.
     """
 
@@ -78,7 +79,7 @@ class Call:
         self._attached: list[Any] = []
         self._thread = 0
         self._is_taken = False
-        self._is_stopped = False
+        self.is_stopped = False
 
     @staticmethod
     def path(value: Any, base: Any = None) -> str:
@@ -135,14 +136,14 @@ class Call:
             value = function(self, **arguments)
         except BaseException as error:  # whatever it is, the program is to know
             self.fail(error)
-            return not self._is_stopped
+            return not self.is_stopped
         finally:
             self._thread = 0
         if value is not LATER:
             self.answer(value)
         elif not self._is_taken:
             self.take()
-        return not self._is_stopped
+        return not self.is_stopped
 
     def take(self) -> None:
         """Say that its answer comes later."""
@@ -152,7 +153,7 @@ class Call:
     def stop(self) -> None:
         """Nobody waits for it any more."""
         self.link.forget(self._number)
-        self._is_stopped = True
+        self.is_stopped = True
         if self._thread:
             import ctypes
 

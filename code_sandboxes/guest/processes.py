@@ -535,7 +535,7 @@ class Processes:
         try:
             while process.pending:
                 data, call = process.pending[0]
-                if call is not None and call._is_stopped:  # whoever wrote it has given up
+                if call is not None and call.is_stopped:  # whoever wrote it has given up
                     process.pending.popleft()
                     continue
                 written = os.write(process.stdin, data[:PIECE]) if len(data) else 0
