@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from code_sandboxes import file_operations as operations
 from code_sandboxes.blocking import drive
+from code_sandboxes.errors import SandboxConnectionError
 from code_sandboxes.file_info import FileInfo, FileWatchEvent
 from code_sandboxes.file_operations import Content, OnProgress, OpenFile, Path, Watcher
 from code_sandboxes.results import Context
@@ -296,6 +297,11 @@ class _Raw(io.RawIOBase):
     def _check(self, allowed: bool, what: str) -> None:
         if self.closed:
             raise ValueError("I/O operation on closed file")
+        if os.getpid() != self._pid:
+            raise SandboxConnectionError(
+                f"{self.name} was opened by process {self._pid}, and this is its fork {os.getpid()};"
+                " reach the sandbox with Sandbox.from_id()"
+            )
         if not allowed:
             raise io.UnsupportedOperation(f"the file cannot be {what}: it was opened with {self._mode!r}")
         if the_loop().is_here():

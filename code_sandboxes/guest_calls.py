@@ -6,8 +6,10 @@ while a cell runs, where the kernel has subshells; else when it is over.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+from code_sandboxes.errors import SandboxConnectionError
 from code_sandboxes.guest_link import Answered, Buffers, Channel, GuestCall, Refused
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.kernel import Kernel
@@ -35,6 +37,7 @@ class Guest:
     def __init__(self, kernel: Kernel, base: str | None) -> None:
         self.base = base
         self._kernel = kernel
+        self._pid = os.getpid()
 
     def call(self, name: str, *buffers: bytes | memoryview, **arguments: object) -> Operation[Answer]:
         """Call a function and wait for what it returns; whoever gives up waiting stops it.
@@ -53,7 +56,16 @@ class Guest:
         return answer_of(event)
 
     def begin(self, call: GuestCall) -> None:
-        """Call a function and do not wait: its inbox gets an :class:`Answered` or :class:`Refused`."""
+        """Call a function and do not wait: its inbox gets an :class:`Answered` or :class:`Refused`.
+
+        Raises:
+            SandboxConnectionError: this is a forked child, to which nothing is answered.
+        """
+        if os.getpid() != self._pid:
+            raise SandboxConnectionError(
+                f"it belongs to process {self._pid}, and this is its fork {os.getpid()};"
+                " reach the sandbox with Sandbox.from_id()"
+            )
         self._kernel.call(call)
 
     def cancel(self, call: GuestCall) -> None:

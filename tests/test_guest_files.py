@@ -498,10 +498,12 @@ def test_a_watch_that_nobody_holds_is_closed() -> None:
     assert len(cast(Liar, guest).closed) == 1
 
 
-def test_a_file_is_not_closed_by_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_neither_used_nor_closed_by_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:
     guest = liar((True, []))
     file = _Raw(drive(file_operations.open_file(guest, "f", "w")), "f", "w")
     monkeypatch.setattr(os, "getpid", lambda: 0)
+    with pytest.raises(SandboxConnectionError, match="its fork 0"):
+        file.write(b"x")
     file.close()
 
     assert file.closed
