@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 
 from code_sandboxes import guest
 from code_sandboxes.guest.apart import PARTS
@@ -29,7 +29,11 @@ def boot_content() -> dict[str, object]:
 @cache
 def boot_metadata() -> Mapping[str, object]:
     """Its metadata: the sources of the guest."""
-    folder = Path(guest.__file__).parent
-    sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in PARTS}
-    boot = (folder / "apart.py").read_text(encoding="utf-8") + "\nboot(sources)\n"
-    return {TARGET: {"boot": boot, "sources": sources}}
+    sources = {name: _source(name) for name in PARTS}
+    return {TARGET: {"boot": _source("apart") + "\nboot(sources)\n", "sources": sources}}
+
+
+def _source(name: str) -> str:
+    path = os.path.join(os.path.dirname(guest.__file__), name + ".py")
+    with open(path, encoding="utf-8") as file:
+        return file.read()
