@@ -412,6 +412,8 @@ class GuestLink:
         subshell_id = content.get("subshell_id")
         if call is not None and isinstance(subshell_id, str):
             self._loop.call_later(_GRACE, lambda: self._get_unstuck(call, subshell_id))
+        else:
+            self._probe_id = ""
 
     def _get_unstuck(self, call: GuestCall, subshell_id: str) -> None:
         """Leave the call alone with its subshell; whatever waits behind it is asked again in another one."""
@@ -426,6 +428,8 @@ class GuestLink:
         for waiting in list(self._calls.values()):
             if not waiting.is_taken:  # the guest knows it by its number, should it have come through
                 self._send_call(waiting)
+        # Of two messages for one call, the guest does not care for the second.
+        self._carriers = dict.fromkeys(self._carriers)
 
     def _is_going_on(self, call: GuestCall) -> bool:
         return self._state is _State.OPEN and self._calls.get(call.number) is call and not call.is_taken
