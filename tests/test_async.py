@@ -215,6 +215,7 @@ def test_a_cancelled_run_that_does_not_stop_keeps_nobody_waiting(with_sandbox: W
     with_sandbox(body)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cancelled_while_it_waits_for_its_turn_is_not_run(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         first = asyncio.create_task(sandbox.run_code("import time; time.sleep(0.5)"))
@@ -291,6 +292,7 @@ def test_aclosing_a_stream_waits_until_the_code_has_stopped(with_sandbox: WithSa
 # The event loop.
 
 
+@pytest.mark.slow
 def test_the_event_loop_misses_no_tick_while_20_runs_proceed(with_sandbox: WithSandbox) -> None:
     async def late_ticks(sandbox: AsyncSandbox) -> int:
         loop = asyncio.get_running_loop()

@@ -37,6 +37,7 @@ from code_sandboxes.processes import PIECE, RING, WINDOW, Process, end_of, outpu
 from code_sandboxes.steps import Operation
 from conftest import BUSY, UNISOLATED, MakeSandbox, wait_until
 
+FAST_VARIANT = "local-jupyter"
 EVERY_FRONT = ("blocking", "async")
 
 # The iterator front is one of run_code() only.

@@ -15,6 +15,7 @@ from code_sandboxes import OutputMessage, Sandbox
 from conftest import UNISOLATED, MakeSandbox, open_descriptors
 
 
+@pytest.mark.slow
 def test_50_threads_on_one_sandbox_get_each_their_own_output(sandbox: Sandbox) -> None:
     def run(i: int) -> None:
         heard: list[str] = []

@@ -10,6 +10,7 @@ import pytest
 from code_sandboxes import ExecutionStatus, Sandbox, SandboxConfigurationError
 from conftest import MakeSandbox
 
+FAST_VARIANT = "local-jupyter"
 EVERY_FRONT = True
 
 needs_environment = pytest.mark.needs("environment")

@@ -131,7 +131,7 @@ def test_what_is_no_content_no_path_and_no_number_is_refused(shared_sandbox: San
         (lambda: files.read_bytes("f", offset=-1), "offset must be 0 or more"),
         (lambda: files.read_bytes("f", length=-1), "length must be 0 or more"),
         (lambda: files.list(folder, depth=0), "depth must be 1 or more"),
-        (lambda: files.read("a\0b"), "null byte"),
+        (lambda: files.read("a\0b"), "embedded null"),
         (lambda: files.open(f"{folder}/f", "rw").close(), "invalid mode: 'rw'"),
         (lambda: files.open(f"{folder}/f", "rb", encoding="utf-8").close(), "binary mode takes no encoding"),
     ]

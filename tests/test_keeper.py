@@ -465,6 +465,7 @@ def test_terminate_ends_it_for_all_and_cuts_their_runs_short(
         assert other.heard() == "interrupted the sandbox ended: it was terminated stopped"
 
 
+@pytest.mark.slow
 def test_runs_of_two_programs_take_turns_and_each_sees_its_own_output(start_program: StartProgram) -> None:
     with create() as sandbox:
         sandbox.run_code("order = []")

@@ -85,6 +85,7 @@ def test_it_is_gone_when_its_kernel_is_killed_from_outside(sandbox: Sandbox) -> 
     wait_until(lambda: has_ended(daemon), seconds=5)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("own_process")
 def test_what_another_kernel_started_goes_on(make_sandbox: MakeSandbox) -> None:
     sandbox, other = make_sandbox(), make_sandbox()

@@ -297,6 +297,7 @@ def test_code_that_swallows_the_interrupt_is_killed_after_the_grace(make_sandbox
     assert sandbox.run_code("1").text == "1"
 
 
+@pytest.mark.slow
 def test_a_timeout_so_short_that_the_code_has_not_begun_still_stops_it(sandbox: Sandbox) -> None:
     for _ in range(20):
         result = sandbox.run_code("while True: pass", timeout=0.001)
@@ -369,6 +370,7 @@ def test_a_slow_callback_does_not_delay_the_timeout(sandbox: Sandbox) -> None:
     assert 0.9 < float(result.stdout.split()[1]) < 2.4
 
 
+@pytest.mark.slow
 def test_timeout_0_means_no_limit(make_sandbox: MakeSandbox) -> None:
     sandbox = make_sandbox(timeout=0.2)
 
