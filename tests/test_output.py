@@ -120,6 +120,7 @@ def test_output_while_no_run_is_on_is_background_output(sandbox: Sandbox) -> Non
     ],
     ids=["small lines", "big chunks"],
 )
+@pytest.mark.one_front
 def test_100_mb_of_output_arrive_whole(shared_sandbox: Sandbox, code: str) -> None:
     result = shared_sandbox.run_code(code, timeout=0)
 
