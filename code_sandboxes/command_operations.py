@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from code_sandboxes.checks import check_environment, check_seconds
 from code_sandboxes.errors import SandboxConnectionError, SandboxExecutionError, SandboxTimeoutError
 from code_sandboxes.guest.calls import cost, wire_path
-from code_sandboxes.guest_calls import Guest, answer_of
+from code_sandboxes.guest_calls import Guest
 from code_sandboxes.guest_link import Answered, Channel, ChannelEnded, GuestCall, Refused, Told
 from code_sandboxes.guest_values import as_bool, as_float, as_int, as_list, as_object, as_path, as_str
 from code_sandboxes.inbox import Inbox
@@ -23,7 +23,7 @@ from code_sandboxes.processes import SIGKILL, WINDOW, End, Process, end_of, outp
 from code_sandboxes.protocol.events import Event
 from code_sandboxes.protocol.outputs import LineSplitter
 from code_sandboxes.results import Context, Printed
-from code_sandboxes.steps import Emit, Operation, Wait, next_event
+from code_sandboxes.steps import Emit, Operation, Wait
 
 __all__ = ["CommandLine", "connect", "kill", "list_processes", "run", "run_script", "start"]
 
@@ -487,11 +487,9 @@ def start(
 
 def _started(process: Process, arguments: Mapping[str, object]) -> Operation[Process]:
     call = GuestCall("processes.start", arguments, (), Inbox(), process.channel)
-    process.guest.begin(call)
     try:
-        info = _described(answer_of((yield from next_event(call.inbox))).value)
+        info = _described((yield from process.guest.ask(call)).value)
     except BaseException as error:
-        process.guest.cancel(call)
         if not isinstance(error, OSError):  # it may have been started
             process.kill_at_once()
         process.guest.close_channel(process.channel)
@@ -512,13 +510,11 @@ def connect(core: Core, pid: int, context: Context | str | None) -> Operation[Pr
 def _connected(guest: Guest, pid: int) -> Operation[Process]:
     process = Process(guest, "", "")
     call = GuestCall("processes.connect", {"pid": pid}, (), Inbox(), process.channel)
-    guest.begin(call)
     try:
-        value = answer_of((yield from next_event(call.inbox))).value
+        value = (yield from guest.ask(call)).value
         info = _described(value)
         process.id, process.pid, process.command = as_str(as_object(value).get("id")), info.pid, info.command
     except BaseException:
-        guest.cancel(call)
         guest.close_channel(process.channel)
         raise
     return process

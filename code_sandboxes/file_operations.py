@@ -13,8 +13,7 @@ import posixpath
 import stat
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -23,8 +22,8 @@ from code_sandboxes.file_info import FileInfo, FileType, FileWatchEvent, FileWat
 from code_sandboxes.guest.calls import wire_path
 from code_sandboxes.guest.files import BATCH, SMALL
 from code_sandboxes.guest.watching import BATCH as EVENT_BATCH, COST as EVENT_COST
-from code_sandboxes.guest_calls import Answer, Guest, answer_of
-from code_sandboxes.guest_link import Answered, Channel, ChannelEnded, GuestCall, Refused, Told
+from code_sandboxes.guest_calls import Answer, Guest, Window
+from code_sandboxes.guest_link import Channel, ChannelEnded, GuestCall, Told
 from code_sandboxes.guest_values import (
     as_bool,
     as_bytes,
@@ -129,50 +128,6 @@ def _call(guest: Guest, name: str, *buffers: bytes | memoryview, **arguments: ob
 # Calls under way.
 
 
-class _Window:
-    """Calls of the guest that are under way, and are answered in turn."""
-
-    def __init__(self, guest: Guest) -> None:
-        self._guest = guest
-        self._inbox = Inbox()
-        self._calls: deque[GuestCall] = deque()
-        self._answers: dict[GuestCall, Event] = {}
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    def begin(self, name: str, *buffers: bytes | memoryview, **arguments: object) -> None:
-        call = GuestCall(name, arguments, buffers, self._inbox)
-        self._calls.append(call)
-        self._guest.begin(call)
-
-    def oldest(self) -> Operation[Answer]:
-        """The answer to the call that was begun first."""
-        call = self._calls[0]
-        while call not in self._answers:
-            event = yield from next_event(self._inbox)
-            assert isinstance(event, (Answered, Refused))
-            self._answers[event.call] = event
-        self._calls.popleft()
-        return answer_of(self._answers.pop(call))
-
-    def cancel(self) -> None:
-        """Nobody waits for the answers any more."""
-        for call in self._calls:
-            if call not in self._answers:
-                self._guest.cancel(call)
-        self._calls.clear()
-
-
-@contextmanager
-def _window(guest: Guest) -> Iterator[_Window]:
-    window = _Window(guest)
-    try:
-        yield window
-    finally:
-        window.cancel()
-
-
 class _Handle:
     """Something that is open in the guest.
 
@@ -192,14 +147,11 @@ class _Handle:
 
     def open(self) -> Operation[object]:
         """Open it; what the function returns."""
-        self._guest.begin(self._call)
         try:
-            event = yield from next_event(self._call.inbox)
+            return (yield from self._guest.ask(self._call)).value
         except BaseException:  # nobody waits any more, whatever the reason
-            self._guest.cancel(self._call)
             self.close()
             raise
-        return answer_of(event).value
 
     @property
     def number(self) -> int:
@@ -349,7 +301,7 @@ class Reading:
     def __init__(self, guest: Guest, length: int | None, **arguments: object) -> None:
         self._handle = _Handle(guest, "files.open_read", length=length, **arguments)
         self._length = length
-        self._window = _Window(guest)
+        self._window = Window(guest)
         self._asked = self._got = 0
         self._is_over = False
         self.size: int | None = None
@@ -447,7 +399,7 @@ class _Writing:
         arguments = {"path": _wire(path), "make_dirs": make_dirs, "mode": mode}
         self._guest = guest
         self._handle = _Handle(guest, "files.begin_write", **arguments, **_relative(guest))
-        self._window = _Window(guest)
+        self._window = Window(guest)
         self._sizes: deque[int] = deque()
 
     def open(self) -> Operation[None]:
@@ -527,7 +479,7 @@ def _write_file(guest: Guest, path: Path, content: Readable, make_dirs: bool) ->
 def write_files(guest: Guest, contents: Mapping[str, Content]) -> Operation[None]:
     if not isinstance(contents, Mapping):
         raise TypeError(f"files must be a mapping from path to content, not {type(contents).__name__}")
-    with _window(guest) as window:
+    with Window(guest) as window:
         for path, content in contents.items():
             view = _view(content) if isinstance(content, _BYTES) else None
             if view is None or len(view) > SMALL:
@@ -643,7 +595,7 @@ def _upload_file(guest: Guest, local: str, remote: str, entry: Entry, progress: 
 def _upload_folder(
     guest: Guest, local: str, remote: str, entries: Iterable[Entry], progress: _Progress
 ) -> Operation[None]:
-    with _window(guest) as window:
+    with Window(guest) as window:
         sizes: deque[int] = deque()
         for entry in entries:
             if entry.type is FileType.FILE and entry.size > PIECE:
@@ -761,7 +713,7 @@ def _build(
 def _build_small(
     guest: Guest, folder: _Handle, landing: FolderLanding, entries: list[Entry], progress: _Progress
 ) -> Operation[None]:
-    with _window(guest) as window:
+    with Window(guest) as window:
         waiting: deque[Entry] = deque()
         for entry in [*entries, None]:
             while waiting and (entry is None or _is_full(waiting, entry)):
@@ -812,14 +764,11 @@ class Watcher:
 
     def open(self) -> Operation[None]:
         """What happens after this is told."""
-        self._guest.begin(self._call)
         try:
-            event = yield from next_event(self._call.inbox)
+            yield from self._guest.ask(self._call)
         except BaseException:  # nobody waits any more, whatever the reason
-            self._guest.cancel(self._call)
             self.close()
             raise
-        answer_of(event)
 
     def next(self) -> Operation[FileWatchEvent | None]:
         """The next event; None when nothing more will come.

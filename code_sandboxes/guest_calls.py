@@ -7,7 +7,9 @@ while a cell runs, where the kernel has subshells; else when it is over.
 from __future__ import annotations
 
 import os
+from collections import deque
 from dataclasses import dataclass
+from types import TracebackType
 
 from code_sandboxes.errors import SandboxConnectionError
 from code_sandboxes.guest_link import Answered, Buffers, Channel, GuestCall, Refused
@@ -16,7 +18,7 @@ from code_sandboxes.kernel import Kernel
 from code_sandboxes.protocol.events import Event
 from code_sandboxes.steps import Operation, next_event
 
-__all__ = ["Answer", "Guest", "answer_of"]
+__all__ = ["Answer", "Guest", "Window", "answer_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,10 @@ class Guest:
             OSError: of the system, as it was raised in the sandbox.
             SandboxConnectionError: there is no answer: the kernel died, say.
         """
-        call = GuestCall(name, arguments, buffers, Inbox())
+        return (yield from self.ask(GuestCall(name, arguments, buffers, Inbox())))
+
+    def ask(self, call: GuestCall) -> Operation[Answer]:
+        """The same, for a *call* that is made already; its inbox is for it alone."""
         self.begin(call)
         try:
             event = yield from next_event(call.inbox)
@@ -79,6 +84,49 @@ class Guest:
     def close_channel(self, channel: Channel) -> None:
         """Nobody listens to *channel* any more; from any thread."""
         self._kernel.close_channel(channel)
+
+
+class Window:
+    """Calls that are under way side by side, and are answered in turn; at the end of ``with``, no more."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self._inbox = Inbox()
+        self._calls: deque[GuestCall] = deque()
+        self._answers: dict[GuestCall, Event] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def begin(self, name: str, *buffers: bytes | memoryview, **arguments: object) -> None:
+        call = GuestCall(name, arguments, buffers, self._inbox)
+        self._calls.append(call)
+        self._guest.begin(call)
+
+    def oldest(self) -> Operation[Answer]:
+        """The answer to the call that was begun first."""
+        call = self._calls[0]
+        while call not in self._answers:
+            event = yield from next_event(self._inbox)
+            assert isinstance(event, (Answered, Refused))
+            self._answers[event.call] = event
+        self._calls.popleft()
+        return answer_of(self._answers.pop(call))
+
+    def cancel(self) -> None:
+        """Nobody waits for the answers any more."""
+        for call in self._calls:
+            if call not in self._answers:
+                self._guest.cancel(call)
+        self._calls.clear()
 
 
 def answer_of(event: Event) -> Answer:

@@ -14,16 +14,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from code_sandboxes.errors import SandboxConnectionError, SandboxTimeoutError
 from code_sandboxes.guest.calls import cost
-from code_sandboxes.guest_calls import Guest, answer_of
-from code_sandboxes.guest_link import Buffers, Channel, ChannelEnded, GuestCall, Told
+from code_sandboxes.guest_calls import Guest, Window
+from code_sandboxes.guest_link import Channel, ChannelEnded, GuestCall, Told
 from code_sandboxes.guest_values import as_bool, as_bytes, as_float, as_int, as_object, bad_answer
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.protocol.events import Event
-from code_sandboxes.steps import Operation, Wait, next_event
+from code_sandboxes.steps import Operation, Wait
 from code_sandboxes.transports.loop import the_loop
 
 __all__ = [
@@ -350,42 +351,22 @@ class Process:
         Raises:
             BrokenPipeError: nobody reads it any more.
         """
-        inbox = Inbox()
-        on_the_way: deque[GuestCall] = deque()  # they are answered in this order
-        try:
+        with Window(self.guest) as calls:
             for piece in pieces_of(data):
-                if len(on_the_way) == _AHEAD:
-                    answer_of((yield from next_event(inbox)))
-                    on_the_way.popleft()
-                on_the_way.append(self._write(inbox, [piece], end=False))
-            while on_the_way:
-                answer_of((yield from next_event(inbox)))
-                on_the_way.popleft()
-        except BaseException:  # nobody waits any more, whatever the reason
-            for call in on_the_way:
-                self.guest.cancel(call)
-            raise
+                if len(calls) == _AHEAD:
+                    yield from calls.oldest()
+                if self.is_over:
+                    raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+                calls.begin("processes.write", piece, id=self.id, end=False)
+            while calls:
+                yield from calls.oldest()
 
     def close_stdin(self) -> Operation[None]:
         """What was written comes before its end; a process that has ended has none."""
-        inbox = Inbox()
         if self.is_over:
             return
-        call = self._write(inbox, [], end=True)
-        try:
-            answer_of((yield from next_event(inbox)))
-        except BrokenPipeError:  # it is closed
-            return
-        except BaseException:  # nobody waits any more, whatever the reason
-            self.guest.cancel(call)
-            raise
-
-    def _write(self, inbox: Inbox, pieces: Buffers, *, end: bool) -> GuestCall:
-        if self.is_over:
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-        call = GuestCall("processes.write", {"id": self.id, "end": end}, pieces, inbox)
-        self.guest.begin(call)
-        return call
+        with suppress(BrokenPipeError):  # it is closed
+            yield from self.guest.call("processes.write", id=self.id, end=True)
 
     def signal(self, number: int) -> Operation[None]:
         """Send a signal to it and all that it has started; one that has ended gets none."""

@@ -10,7 +10,6 @@ import itertools
 import keyword
 import sys
 import unicodedata
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,13 +24,13 @@ from code_sandboxes.errors import (
     VariableNotFoundError,
 )
 from code_sandboxes.guest.values import NotInstalled, NotTransferable, decode, encode
-from code_sandboxes.guest_calls import Guest, answer_of
-from code_sandboxes.guest_link import Answered, Buffers, GuestCall
+from code_sandboxes.guest_calls import Guest, Window
+from code_sandboxes.guest_link import Buffers, GuestCall
 from code_sandboxes.guest_values import as_bytes, as_int, as_object, as_str, bad_answer
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.operations import Core
 from code_sandboxes.results import Context
-from code_sandboxes.steps import Operation, in_worker, next_event
+from code_sandboxes.steps import Operation, in_worker
 
 __all__ = ["get_variable", "set_variables"]
 
@@ -231,70 +230,34 @@ def received(guest: Guest, transfer: int, size: int) -> Operation[BytesIO]:
     Raises:
         SandboxConnectionError: what came is something else.
     """
-    data, inbox = BytesIO(), Inbox()
-    offsets = iter(range(0, size, _PART))
-    asked: deque[GuestCall] = deque()
-    came: dict[GuestCall, bytes | memoryview] = {}
-
-    def ask() -> None:
-        offset = next(offsets, None)
-        if offset is not None:
-            arguments = {"transfer": transfer, "offset": offset, "size": min(_PART, size - offset)}
-            call = GuestCall("variables.part", arguments, (), inbox)
-            asked.append(call)
-            guest.begin(call)
-
-    try:
-        for _ in range(_AHEAD):
-            ask()
-        while asked:
-            call, part = yield from _next_part(inbox)
-            came[call] = part
-            while asked and asked[0] in came:
-                data.write(came.pop(asked.popleft()))
-                ask()
-    except BaseException:
-        for call in asked:
-            guest.cancel(call)
-        raise
+    data = BytesIO()
+    with Window(guest) as calls:
+        for offset in range(0, size, _PART):
+            if len(calls) == _AHEAD:
+                data.write((yield from _next_part(calls, size - data.tell())))
+            calls.begin("variables.part", transfer=transfer, offset=offset, size=min(_PART, size - offset))
+        while calls:
+            data.write((yield from _next_part(calls, size - data.tell())))
     return data
 
 
-def _next_part(inbox: Inbox) -> Operation[tuple[GuestCall, bytes | memoryview]]:
-    event = yield from next_event(inbox)
-    buffers = answer_of(event).buffers
-    assert isinstance(event, Answered)
+def _next_part(calls: Window, left: int) -> Operation[bytes | memoryview]:
+    buffers = (yield from calls.oldest()).buffers
     part = as_bytes(buffers[0]) if len(buffers) == 1 else b""
-    if len(part) != event.call.arguments["size"]:
+    if len(part) != min(_PART, left):
         raise bad_answer("a part of a value", part)
-    return event.call, part
+    return part
 
 
 def _sent(guest: Guest, transfer: int, data: memoryview) -> Operation[None]:
     """Send *data* under this number; so many parts are under way that the kernel is never idle."""
-    inbox = Inbox()
-    under_way: set[GuestCall] = set()
-    try:
+    with Window(guest) as calls:
         for offset in range(0, len(data), _PART):
-            if len(under_way) == _AHEAD:
-                yield from _next_taken(inbox, under_way)
-            arguments = {"transfer": transfer, "offset": offset}
-            call = GuestCall("variables.put", arguments, (data[offset : offset + _PART],), inbox)
-            under_way.add(call)
-            guest.begin(call)
-        while under_way:
-            yield from _next_taken(inbox, under_way)
-    except BaseException:
-        for call in under_way:
-            guest.cancel(call)
-        raise
-
-
-def _next_taken(inbox: Inbox, under_way: set[GuestCall]) -> Operation[None]:
-    event = yield from next_event(inbox)
-    answer_of(event)
-    assert isinstance(event, Answered)
-    under_way.discard(event.call)
+            if len(calls) == _AHEAD:
+                yield from calls.oldest()
+            calls.begin("variables.put", data[offset : offset + _PART], transfer=transfer, offset=offset)
+        while calls:
+            yield from calls.oldest()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from code_sandboxes.guest import files as guest_files, watching as guest_watchin
 from code_sandboxes.guest.calls import Guest, Link
 from code_sandboxes.guest.files import SMALL, Files
 from code_sandboxes.guest.watching import Watching
-from code_sandboxes.guest_calls import Guest as HostGuest
+from code_sandboxes.guest_calls import Guest as HostGuest, Window
 from code_sandboxes.guest_link import Answered, Channel, ChannelEnded, GuestCall, Refused, Told
 from code_sandboxes.guest_values import error_of
 from conftest import wait_until
@@ -279,7 +279,7 @@ class Liar:
         value, buffers = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
         call.inbox.put(Answered(call, value, buffers))
 
-    call = HostGuest.call
+    call, ask = HostGuest.call, HostGuest.ask
 
     def cancel(self, call: GuestCall) -> None:
         return
@@ -472,7 +472,7 @@ def test_answers_of_many_calls_may_come_in_any_order() -> None:
         def begin(self, call: GuestCall) -> None:
             calls.append(call)
 
-    window = file_operations._Window(cast(HostGuest, Waiting((None, []))))
+    window = Window(cast(HostGuest, Waiting((None, []))))
     for name in "abc":
         window.begin(name)
     for call in reversed(calls):
