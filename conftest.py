@@ -2,8 +2,9 @@
 
 A test that asks for ``sandbox`` runs once for each variant that ``--variant`` names (all by default) and that
 can do what the test needs, and in a module that says ``EVERY_FRONT = True`` through each front. In a module
-that says ``FAST_VARIANT = "..."`` the other variants are for the whole suite only. One that cannot run here
-is skipped with its reason, and all reasons are told again at the end.
+that says ``FAST_VARIANT = "..."`` the other variants are for the whole suite only. In one that says
+``ISOLATED = True`` sandboxes are isolated where this machine can do that. One that cannot run here is skipped
+with its reason, and all reasons are told again at the end.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import psutil
 import pytest
 
 from code_sandboxes import Capabilities, Sandbox, SandboxVariant
+from code_sandboxes.isolation.probe import probe
 from code_sandboxes.keeper import client
 from tests.fronts import FRONTS, create
 
 MakeSandbox = Callable[..., Sandbox]
 
-# What says that no isolation is intended, where a variant would warn that there is none.
+# What says that no isolation is intended, where a variant would have some, or warn that there is none.
 UNISOLATED: dict[str, dict[str, object]] = {SandboxVariant.LOCAL_JUPYTER: {"isolation": "none"}}
 
 # Goes on for a minute, and can be interrupted on every variant: it never waits for long.
@@ -132,12 +134,21 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
 
 
 @pytest.fixture
-def make_sandbox(variant: str, front: str) -> Iterator[MakeSandbox]:
+def isolation(request: pytest.FixtureRequest, variant: str) -> dict[str, object]:
+    """The setting that says which isolation the test's sandboxes have; nothing where there is no choice."""
+    seen_from_here = request.node.get_closest_marker("from_this_machine") is not None
+    if getattr(request.module, "ISOLATED", False) and not seen_from_here and not probe().bubblewrap:
+        return dict.fromkeys(UNISOLATED.get(variant, {}), "bubblewrap")
+    return UNISOLATED.get(variant, {})
+
+
+@pytest.fixture
+def make_sandbox(variant: str, front: str, isolation: dict[str, object]) -> Iterator[MakeSandbox]:
     """Makes running sandboxes, which end with the test."""
     made: list[Sandbox] = []
 
     def make(**settings: object) -> Sandbox:
-        sandbox = create(front, variant, **{**UNISOLATED.get(variant, {}), **settings})
+        sandbox = create(front, variant, **{**isolation, **settings})
         made.append(sandbox)
         return sandbox
 
@@ -153,11 +164,22 @@ def sandbox(make_sandbox: MakeSandbox) -> Sandbox:
 
 
 @pytest.fixture(scope="session")
-def shared_sandbox(variant: str, front: str, runtime_folder: Path) -> Iterator[Sandbox]:
+def shared_sandboxes(runtime_folder: Path) -> Iterator[dict[object, Sandbox]]:
+    made: dict[object, Sandbox] = {}
+    yield made
+    for sandbox in made.values():
+        sandbox.kill()
+
+
+@pytest.fixture
+def shared_sandbox(
+    variant: str, front: str, isolation: dict[str, object], shared_sandboxes: dict[object, Sandbox]
+) -> Sandbox:
     """A sandbox for tests that leave no trace in it."""
-    sandbox = create(front, variant, **UNISOLATED.get(variant, {}))
-    yield sandbox
-    sandbox.kill()
+    kind = (variant, front, *isolation.values())
+    if kind not in shared_sandboxes:
+        shared_sandboxes[kind] = create(front, variant, **isolation)
+    return shared_sandboxes[kind]
 
 
 @pytest.fixture

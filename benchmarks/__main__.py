@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from benchmarks.contestant import ContestantError
+from benchmarks.egress import measure_egress
 from benchmarks.files import measure_busy, measure_files
 from benchmarks.imports import measure_imports
 from benchmarks.life import measure_fresh_program, measure_life
@@ -29,6 +30,7 @@ _SECTIONS: dict[str, Callable[[Scale, bool], None]] = {
     "throughput": lambda scale, _: measure_throughput(scale),
     "files": lambda scale, peer: measure_files(scale, peer=peer),
     "busy": lambda scale, _: measure_busy(scale),
+    "egress": lambda scale, _: measure_egress(scale),
 }
 
 

@@ -25,6 +25,7 @@ from code_sandboxes.info import (
     SandboxStatus,
     SandboxVariant,
 )
+from code_sandboxes.network_info import NetworkAttempt
 from code_sandboxes.process_info import CommandResult, ProcessInfo
 from code_sandboxes.results import (
     CodeError,
@@ -87,6 +88,7 @@ __all__ = [
     "LocalJupyterSandbox",
     "Logs",
     "MIMEType",
+    "NetworkAttempt",
     "OutputHandler",
     "OutputMessage",
     "ProcessHandle",

@@ -25,6 +25,7 @@ from code_sandboxes.async_files import AsyncSandboxFilesystem
 from code_sandboxes.awaiting import documented_by as _documented_by, drive, resumption
 from code_sandboxes.front import Front, finding, known_variant, listing
 from code_sandboxes.info import SandboxInfo, SandboxStatus, SandboxVariant
+from code_sandboxes.network_info import NetworkAttempt
 from code_sandboxes.process_info import CommandResult
 from code_sandboxes.results import (
     Context,
@@ -135,6 +136,10 @@ class AsyncSandbox(Front):
     @_documented_by(Sandbox.set_tags)
     async def set_tags(self, tags: Mapping[str, str]) -> None:
         await drive(self._core.set_tags(tags))
+
+    @_documented_by(Sandbox.network_log)
+    async def network_log(self) -> builtins.list[NetworkAttempt]:
+        return await drive(self._core.network_log())
 
     @_documented_by(Sandbox.restart)
     async def restart(self) -> None:

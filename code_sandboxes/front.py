@@ -141,9 +141,9 @@ class Front:
     def info(self) -> SandboxInfo:
         """What it is now."""
         core = self._core
-        return replace(
-            info_of(self._variant, core.record(), core.config), created_at=core.created_at, status=core.status
-        )
+        info = info_of(self._variant, core.record(), core.config)
+        metadata = {**info.metadata, "dropped_messages": core.dropped_messages}
+        return replace(info, created_at=core.created_at, status=core.status, metadata=metadata)
 
 
 def info_of(variant: SandboxVariant, record: Record, config: SandboxConfig) -> SandboxInfo:

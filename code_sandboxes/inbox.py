@@ -7,12 +7,23 @@ takes is kept up to a limit, its beginning and its latest part, since iopub cann
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 
 from code_sandboxes.errors import SandboxConnectionError
-from code_sandboxes.protocol.events import Displayed, Event, OutputDropped, Streamed, Updated, json_size
+from code_sandboxes.protocol.events import (
+    Cleared,
+    Displayed,
+    Event,
+    Failed,
+    OutputDropped,
+    Started,
+    Streamed,
+    Updated,
+    memory_size,
+)
 
 __all__ = ["Inbox"]
 
@@ -21,12 +32,16 @@ __all__ = ["Inbox"]
 # go on (polars: SA_RESTART, sigaction(2)); then it is noticed between two waits.
 _LOOK = 0.25
 
+# What an event takes in memory besides what it carries, about: output may come in pieces of one character.
+_EVENT = 150
+
 
 class Inbox:
     """A queue of events, from the I/O thread to one caller.
 
     Args:
-        limit: bytes of output that may wait here; control events always find room.
+        limit: bytes of memory that output may take while it waits here; control events always find room. A
+            kernel can cause no more of those than it is asked.
     """
 
     def __init__(self, limit: int = 256 * 1024**2) -> None:
@@ -137,7 +152,9 @@ class Inbox:
 
 def _size(event: Event) -> int:
     if isinstance(event, Streamed):
-        return max(1, len(event.text))
+        return _EVENT + sys.getsizeof(event.text)
     if isinstance(event, (Displayed, Updated)):
-        return json_size(event.data) + json_size(event.metadata)
-    return 0
+        return _EVENT + memory_size(event.data) + memory_size(event.metadata)
+    if isinstance(event, Failed):
+        return _EVENT + sum(map(sys.getsizeof, (event.name, event.value, event.traceback)))
+    return _EVENT if isinstance(event, (Started, Cleared)) else 0

@@ -62,6 +62,8 @@ class SandboxInfo:
         created_at: seconds since the epoch, None before the start.
         end_at: when its lifetime ends, seconds since the epoch; None if it has none.
         isolation: what separates it from the machine it runs on.
+        metadata: more about it. Where this program uses it, ``dropped_messages`` says how many messages of
+            its kernels were not taken in, by why: ``{"forged": 3, "too large": 1}``.
     """
 
     id: str

@@ -42,7 +42,7 @@ from code_sandboxes.protocol.events import (
     TimedOut,
     Welcomed,
 )
-from code_sandboxes.protocol.messages import Message, Session
+from code_sandboxes.protocol.messages import Channel as MessageChannel, Message, Session
 from code_sandboxes.protocol.outputs import Displays, Outputs
 from code_sandboxes.protocol.router import Router
 from code_sandboxes.results import Logs
@@ -72,6 +72,12 @@ _OVERTAKEN = 0.005
 
 # How long an orderly end may take before it becomes a kill.
 _FAREWELL = 1.0
+
+# So many questions a run may have asked and not been answered: code asks one, and after an interrupt another.
+_MOST_QUESTIONS = 16
+
+# What a kernel says of itself is kept as long as it lives: so many features, of so many characters.
+_MOST_FEATURES, _LONGEST_FEATURE = 100, 200
 
 _HANDSHAKE_RETRY = 0.25
 _BACKGROUND_LIMIT = 1024**2
@@ -115,7 +121,7 @@ class Kernel:
     def __init__(self, loop: Loop, launch: Callable[[], KernelProcess], name: str, limits: Limits) -> None:
         self.displays = Displays()
         self.info: KernelInfo | None = None
-        self.dropped: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
         self._loop = loop
         self._launch_process = launch
         self._name = name
@@ -150,6 +156,12 @@ class Kernel:
     def is_executing(self) -> bool:
         """A run is on, or waits for its turn."""
         return self._current is not None or bool(self._queue)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many messages were not believed, or not taken in, by why."""
+        transport, router = self._transport, self._router
+        return self._dropped if transport is None else self._dropped + transport.dropped + router.dropped
 
     @property
     def background_output(self) -> Logs:
@@ -283,6 +295,7 @@ class Kernel:
         self._transport = self._process.transport(
             self._loop, self._session.session_id, self._receive, self._limits.max_message
         )
+        self._transport.lost = self._lost
         self._transport.open()
         self._shake_hands()
 
@@ -472,6 +485,7 @@ class Kernel:
     def _answer(self, run: Run, asked: InputAsked, value: str) -> None:
         if run is not self._current:
             return
+        run.unanswered = 0  # it was the latest that was answered
         content = {"value": value}
         self._send(self._session.message("stdin", "input_reply", content, parent_header=asked.header))
         if run.time_left is not None and not run.stopping:
@@ -479,7 +493,7 @@ class Kernel:
             run.time_left = None
 
     def _pause_clock(self, run: Run) -> None:
-        if run.deadline is not None and not run.stopping:
+        if run.deadline is not None and not run.stopping and run.time_left is None:
             run.time_left = max(0.0, run.deadline.when - time.monotonic())
             run.deadline.cancel()
 
@@ -570,11 +584,12 @@ class Kernel:
     def _of_the_kernel(self, event: Event) -> None:
         if isinstance(event, Welcomed):
             # A second one means that the connection was lost in between, and output with it.
-            if self._welcomed and self._current is not None:
-                self._current.inbox.put(OutputDropped())
+            if self._welcomed:
+                self._tell_of_lost_output()
             self._welcomed = True
         elif isinstance(event, KernelReplaced):
-            if self._current is not None:
+            if self._current is not None and not self._current.lost_state:
+                self._current.lost_state = True
                 self._current.inbox.put(event)
         elif isinstance(event, OthersRun):
             self._others_run = event.is_on
@@ -583,11 +598,42 @@ class Kernel:
             with self._background_lock:
                 self._background.feed(event, now, now)
 
+    def _tell_of_lost_output(self) -> None:
+        if self._current is not None and not self._current.loss_told:
+            self._current.loss_told = True
+            self._current.inbox.put(OutputDropped())
+
+    def _lost(self, channel: MessageChannel) -> None:
+        """A message was too large. Whose it was is not known, but only one run is on."""
+        run = self._current
+        if run is None:
+            return
+        if channel != "shell":
+            if not run.loss_told:
+                _log.warning("output was lost: a message of %s was %s", self._name, self._too_large())
+            self._tell_of_lost_output()
+        elif not run.replied:
+            run.reply_lost = True
+            if run.settling is not None:  # it is idle already
+                self._over_with_reply_lost(run)
+
+    def _too_large(self) -> str:
+        return f"larger than {self._limits.max_message / 1024**2:g} MiB"
+
+    def _over_with_reply_lost(self, run: Run) -> None:
+        sentence = f"the kernel's reply was {self._too_large()}, so nobody knows how the code ended"
+        self._finish(run, ConnectionLost(sentence))
+        self._advance()
+
     def _of_the_run(self, run: Run, event: Event) -> None:
-        if isinstance(event, (Idle, KernelStatus)):
-            if isinstance(event, Idle):
-                run.idle_by_itself = not run.signalled
+        if isinstance(event, Idle):
+            run.idle_by_itself = not run.signalled
+            if run.reply_lost and not run.replied:
+                self._over_with_reply_lost(run)
+            else:
                 self._settle(run)
+            return
+        if isinstance(event, KernelStatus):
             return
         if isinstance(event, Done):
             self._over(run)
@@ -595,6 +641,10 @@ class Kernel:
         if isinstance(event, InputAsked):
             if not run.content.get("allow_stdin"):
                 return  # a kernel that asks all the same waits for nobody: the deadline ends it
+            if run.unanswered >= _MOST_QUESTIONS:
+                self._dropped["too many questions"] += 1
+                return
+            run.unanswered += 1
             self._pause_clock(run)
             self._loop.call_later(_OVERTAKEN, lambda: self._ask(run, event))
             return
@@ -623,8 +673,8 @@ class Kernel:
         if not run.replied:
             self._replace(run)
             return
-        # Not the kernel's habit: libzmq gives up a connection on which a message was too large.
-        run.inbox.put(OutputDropped())
+        # Not the kernel's habit: something that it had published was lost, its status with it.
+        self._tell_of_lost_output()
         self._finish(run, Done())
         self._reconnect()
 
@@ -666,7 +716,7 @@ class Kernel:
         self._dying = self._claiming = self._others_run = False
         if self._state is _State.READY:
             self._recover_output(process)
-        sentence = process.why_lost or f"the kernel {_how_it_died(process.exit_code())}"
+        sentence = process.why_lost or f"the kernel {_how_it_died(process)}"
         self._unlink(SandboxConnectionError(sentence))
         self._close_transport()
         self._release(process)
@@ -702,7 +752,7 @@ class Kernel:
         else:
             began = self._current.started
             when = "while it ran the code" if began else "before it told that it had begun with the code"
-            sentence = process.why_lost or f"the kernel {_how_it_died(code)} {when}"
+            sentence = process.why_lost or f"the kernel {_how_it_died(process, when)}"
             self._current.lost_state = True
             self._death_unreported = self._current.abandoned
             self._finish(self._current, Died(sentence, code, process.output(), process.how_killed))
@@ -718,7 +768,7 @@ class Kernel:
         if self._too_late:
             what = f"did not answer within {self._limits.start:g} s"
         else:
-            what = f"{_how_it_died(process.exit_code())} before it answered"
+            what = f"{_how_it_died(process, 'before it answered')}"
         said = process.output().strip()
         return SandboxConnectionError(
             f"{self._name} {what}; {f'it said: {said}' if said else 'it said nothing'}"
@@ -793,9 +843,9 @@ class Kernel:
 
     def _close_transport(self) -> None:
         if self._transport is not None:
-            self._transport.close()
-            self.dropped += self._transport.dropped + self._router.dropped
-            self._transport = None
+            transport, self._transport = self._transport, None
+            transport.close()
+            self._dropped += transport.dropped + self._router.dropped
 
     def _take_queue(self) -> list[Run]:
         runs = list(self._queue)
@@ -824,13 +874,19 @@ def _kernel_info(content: Mapping[str, object]) -> KernelInfo:
     language_info = content.get("language_info")
     language = language_info.get("name") if isinstance(language_info, dict) else None
     features = content.get("supported_features")
+    told = features if isinstance(features, list) else []
     return KernelInfo(
-        language if isinstance(language, str) else "",
-        tuple(f for f in features if isinstance(f, str)) if isinstance(features, list) else (),
+        language[:_LONGEST_FEATURE] if isinstance(language, str) else "",
+        tuple(feature[:_LONGEST_FEATURE] for feature in told[:_MOST_FEATURES] if isinstance(feature, str)),
     )
 
 
-def _how_it_died(exit_code: int | None) -> str:
+def _how_it_died(process: KernelProcess, when: str = "") -> str:
+    how = f"{_as_words(process.exit_code())} {when}".rstrip()
+    return f"{how}: {process.why_ended}" if process.why_ended else how
+
+
+def _as_words(exit_code: int | None) -> str:
     if exit_code is None:
         return "ended"
     if exit_code >= 0:

@@ -8,25 +8,35 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from code_sandboxes.protocol.events import Streamed
-from code_sandboxes.protocol.messages import Message
+from code_sandboxes.protocol.messages import Channel, Message
 from code_sandboxes.transports.loop import Loop
 
-__all__ = ["KernelInfo", "KernelProcess", "Limits", "Transport"]
+__all__ = ["LEAST_BACKLOG", "KernelInfo", "KernelProcess", "Limits", "Transport"]
+
+LEAST_BACKLOG = 16 * 1024**2
+"""Bytes of output that may wait for a caller, however few its result keeps: it may just be a bit slow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How long and how much.
 
+    What a kernel sends can fill no more of this program's memory than: on each of its four channels one
+    message that is on its way (*max_message*; a larger one is skipped as it comes, ``protocol/zmtp.py``);
+    of all kernels, one that is being unpacked (256 MiB, ``protocol/wire.py``); for each run its backlog
+    (*max_output*, at least :data:`LEAST_BACKLOG`, ``inbox.py``) and its result (*max_output*,
+    ``protocol/outputs.py``; four times that for text with a character beyond U+FFFF in each piece). What a
+    caller does not take, it does not hold up: it is dropped, and the result is ``truncated``.
+
     Args:
         grace: seconds an interrupted run may take to stop before its kernel is killed.
         start: seconds a kernel may take until it answers.
-        max_message: bytes of one message.
+        max_message: bytes of one message, all its parts together.
     """
 
     grace: float = 5.0
     start: float = 60.0
-    max_message: int = 512 * 1024**2
+    max_message: int = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +48,15 @@ class KernelInfo:
 
 
 class Transport(Protocol):
-    """What moves the messages of one kernel; see ``transports/``."""
+    """What moves the messages of one kernel; see ``transports/``.
+
+    Attributes:
+        dropped: how many messages were, by why.
+        lost: called with the channel, when a message was dropped that was larger than the limit.
+    """
 
     dropped: Counter[str]
+    lost: Callable[[Channel], None]
 
     def open(self) -> None: ...
 
@@ -71,6 +87,10 @@ class KernelProcess(Protocol):
     @property
     def why_lost(self) -> str:
         """Why nobody knows how it ended: a sentence; empty where that is known."""
+
+    @property
+    def why_ended(self) -> str:
+        """More than its exit code says: the end of a sentence; empty if there is no more."""
 
     def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
         """Call *ended* once, when the process has ended."""

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -32,7 +33,8 @@ from code_sandboxes.guest_calls import Guest
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.info import NO_SUBSHELLS, Capabilities, Capability, SandboxStatus
 from code_sandboxes.kernel import Ended, Kernel, Ready, StartFailed
-from code_sandboxes.kernel_process import Limits
+from code_sandboxes.kernel_process import LEAST_BACKLOG, Limits
+from code_sandboxes.network_info import NetworkAttempt
 from code_sandboxes.protocol.calls import Execution, Shown
 from code_sandboxes.results import (
     Context,
@@ -238,6 +240,10 @@ class Core:
             yield from in_worker(lambda: self.variant.set_tags(tags), apart=True)
         self.tags = tags
 
+    def network_log(self) -> Operation[list[NetworkAttempt]]:
+        self.check_running()
+        return (yield from in_worker(self.variant.network_log, apart=True))
+
     @property
     def end_at(self) -> float | None:
         """Seconds since the epoch, by the clock as it is now."""
@@ -336,7 +342,7 @@ class Core:
         return self._run(held, code, environment, seconds, listen=listen, allow_stdin=allow_stdin)
 
     def _check_can_set_environment(self, held: _Held) -> None:
-        can = self.variant.capabilities().environment
+        can = self.variant.own_capabilities.environment
         if not can:
             raise self.variant.refuse("set environment variables for one run (envs=)", can.reason)
         if held.context.language != "python":
@@ -364,7 +370,7 @@ class Core:
             now=time.monotonic(),
             started_at=time.time(),
         )
-        inbox = Inbox(self.variant.max_output)
+        inbox = Inbox(max(self.variant.max_output, LEAST_BACKLOG))
         envs = [[wire_path(name), wire_path(value)] for name, value in environment.items()]
         metadata = {TARGET: {"envs": envs}} if envs else None
         content = execution.content
@@ -383,6 +389,14 @@ class Core:
         return any(held.kernel.is_executing for held in list(self._contexts.values()))
 
     @property
+    def dropped_messages(self) -> dict[str, int]:
+        """How many messages of its kernels were not believed, or not taken in, by why."""
+        dropped: Counter[str] = Counter()
+        for held in list(self._contexts.values()):
+            dropped += held.kernel.dropped
+        return dict(dropped)
+
+    @property
     def background_output(self) -> Logs:
         logs = [held.kernel.background_output for held in list(self._contexts.values())]
         return Logs(_in_order(log.stdout for log in logs), _in_order(log.stderr for log in logs))
@@ -392,7 +406,7 @@ class Core:
     @property
     def capabilities(self) -> Capabilities:
         """What it can do, as its kernel says it where that is known."""
-        told = self.variant.capabilities()
+        told = self.variant.own_capabilities
         held = self._contexts.get(DEFAULT)
         info = None if held is None else held.kernel.info
         if info is None or info.language != "python":

@@ -75,7 +75,9 @@ def _install(
     prepared = as_object((yield from guest.call("packages.prepare", *content)).value)
     interpreter = as_path(prepared.get("interpreter"))
     path = None if requirements is None else as_path(prepared.get("path"))
-    command = [interpreter, *_PIP, *(names if path is None else ("-r", path))]
+    prefix = prepared.get("prefix")
+    where = () if prefix is None else ("--prefix", as_path(prefix))
+    command = [interpreter, *_PIP, *where, *(names if path is None else ("-r", path))]
     finish = {"path": None if path is None else wire_path(path)}
     try:
         result = yield from command_operations.run(core, command, context=context, timeout=seconds)

@@ -1,4 +1,4 @@
-"""End the kernels of a program that was killed, and all that they started, and remove their folders.
+"""End the kernels of a program that was killed, and all that they started; remove their folders and cgroups.
 
 A program that ends in any orderly way does this itself. One that is killed with SIGKILL cannot: a second,
 small process watches it, told beforehand what to end. Both sides of their conversation are in this file:
@@ -19,12 +19,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-__all__ = ["MARK", "Reaper", "end_marked", "remove_tree"]
+__all__ = ["CGROUP", "MARK", "USERS", "Reaper", "end_cgroups", "end_marked", "kill_cgroup", "remove_tree"]
 
 MARK = "CODE_SANDBOXES_KERNEL"
 """The environment variable by which a kernel, and whatever comes of it, is known: the kernel's folder."""
+
+CGROUP = "code-sandboxes-"
+"""How the names of the cgroups of sandboxes begin; none with another name is ended here."""
+
+USERS = range(0x2000_0000, 0x6000_0000)
+"""Who code is in the enclosures that root makes: nobody, as systems give out lower numbers (systemd, "Users,
+Groups, UIDs and GIDs"), and not the same in two of them, as what a user has is counted (RLIMIT_NPROC)."""
 
 # How long to try to remove a folder in which something is still being written, or to end what still forks.
 _PERSISTENCE = 3.0
@@ -36,6 +43,9 @@ _LOOKS_IN_VAIN = 3
 _AT_ONCE = 200
 
 _MUCH = 128 * 1024
+
+# What is said of a cgroup that was removed just now, by its file system and by an open file in it.
+_REMOVED = (errno.ENOENT, errno.ENODEV)
 
 
 class Reaper:
@@ -49,6 +59,7 @@ class Reaper:
         self._process: subprocess.Popen[bytes] | None = None
         self._folders: set[str] = set()
         self._groups: set[int] = set()
+        self._cgroups: set[str] = set()
 
     def guard_folder(self, folder: str) -> None:
         with self._lock:
@@ -65,6 +76,16 @@ class Reaper:
             self._groups.discard(process_group)
             self._tell()
 
+    def guard_cgroups(self, folders: Collection[str]) -> None:
+        with self._lock:
+            self._cgroups.update(folders)
+            self._tell()
+
+    def release_cgroups(self, folders: Collection[str]) -> None:
+        with self._lock:
+            self._cgroups.difference_update(folders)
+            self._tell()
+
     def close(self) -> None:
         """The program ends in an orderly way; what is still guarded is ended now."""
         process, self._process = self._process, None
@@ -79,8 +100,13 @@ class Reaper:
 
     def _tell(self) -> None:
         # Everything in one line each time: a new process then knows as much as the old one did.
-        line = json.dumps({"folders": sorted(self._folders), "groups": sorted(self._groups)}).encode() + b"\n"
-        if self._process is None and not (self._folders or self._groups):
+        guarded = {
+            "folders": sorted(self._folders),
+            "groups": sorted(self._groups),
+            "cgroups": sorted(self._cgroups, reverse=True),  # what is further down has to go first
+        }
+        line = json.dumps(guarded).encode() + b"\n"
+        if self._process is None and not any(guarded.values()):
             return
         for _ in range(2):
             if self._process is None or self._process.poll() is not None:
@@ -113,7 +139,7 @@ def main(program: int) -> None:
     line = _last_line(program)
     if line:
         left = json.loads(line)
-        _end(left["groups"], left["folders"])
+        _end(left["groups"], left["folders"], left["cgroups"])
 
 
 def _last_line(program: int) -> bytes:
@@ -140,7 +166,9 @@ def _last_line(program: int) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def _end(groups: list[int], folders: list[str]) -> None:
+def _end(groups: list[int], folders: list[str], cgroups: list[str]) -> None:
+    with contextlib.suppress(OSError):  # the rest must go all the same
+        end_cgroups(cgroups)
     for group in groups:
         with contextlib.suppress(OSError):
             os.killpg(group, signal.SIGKILL)
@@ -149,6 +177,107 @@ def _end(groups: list[int], folders: list[str]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):  # the next one must go all the same
             remove_tree(folder)
+
+
+def end_cgroups(folders: Sequence[str]) -> None:
+    """Kill all that is in cgroups of sandboxes and remove these; what is not there, or another's, is left.
+
+    Args:
+        folders: what is further down first.
+
+    Raises:
+        OSError: something in one does not end, or is not ours to remove. The others are removed.
+    """
+    failed = None
+    for folder in folders:
+        with contextlib.suppress(OSError):  # its removal will tell
+            kill_cgroup(folder)
+    for folder in folders:
+        try:
+            _remove_cgroup(folder)
+        except OSError as error:
+            failed = error
+    if failed is not None:
+        raise failed
+
+
+def _remove_cgroup(folder: str) -> None:
+    give_up = time.monotonic() + _PERSISTENCE
+    while _is_cgroup(folder):
+        try:
+            os.rmdir(folder)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            if error.errno != errno.EBUSY or time.monotonic() > give_up:
+                raise
+            kill_cgroup(folder)
+            time.sleep(0.002)
+
+
+def kill_cgroup(folder: str) -> None:
+    """Send SIGKILL to all that is in a cgroup of a sandbox, and let nothing begin in it any more.
+
+    Raises:
+        OSError: it is not ours, or there are too few descriptors.
+    """
+    if not _is_cgroup(folder):
+        return
+    # By that all end at once, whatever they do (cgroup-v2.rst, "cgroup.kill", since Linux 5.14).
+    if _write_if_there(folder, "cgroup.kill", "1"):
+        return
+    # What is frozen does not end, and one that forks might for ever have a child that was not listed.
+    _write_if_there(folder, "freezer.state", "THAWED")
+    _write_if_there(folder, "cgroup.freeze", "0")
+    _write_if_there(folder, "pids.max", "0")
+    try:
+        with open(f"{folder}/cgroup.procs") as file:
+            processes = file.read().split()
+    except OSError as error:
+        if error.errno in _REMOVED:
+            return
+        raise
+    for process in processes:
+        _kill_in_cgroup(int(process), os.path.basename(folder))
+
+
+def _is_cgroup(folder: str) -> bool:
+    return os.path.basename(folder).startswith(CGROUP) and os.path.exists(f"{folder}/cgroup.procs")
+
+
+def _write_if_there(folder: str, name: str, value: str) -> bool:
+    try:
+        fd = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        os.write(fd, value.encode())
+    except OSError as error:
+        if error.errno not in _REMOVED:
+            raise
+    finally:
+        os.close(fd)
+    return True
+
+
+def _kill_in_cgroup(process: int, name: str) -> None:
+    try:
+        pidfd = os.pidfd_open(process)
+    except OSError as error:
+        # It has ended; or it is listed as 0, one that another PID namespace has and this one does not.
+        if error.errno in (errno.ESRCH, errno.EINVAL):
+            return
+        raise
+    try:
+        with open(f"/proc/{process}/cgroup") as file:
+            # Still, and the number is not another's since (cgroups(7), "/proc/pid/cgroup").
+            is_in_it = any(name in line.rstrip().split("/") for line in file)
+        if is_in_it:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return
+    finally:
+        os.close(pidfd)
 
 
 def end_marked(folders: Collection[str]) -> None:
@@ -177,6 +306,7 @@ class _Search:
     def __init__(self, folders: Collection[str]) -> None:
         self._folders = {os.fsencode(folder) for folder in folders}
         self._user = os.geteuid()
+        self._others_of_ours = USERS if self._user == 0 else ()
         self._others = {os.getpid()}  # not marked, or not there any more
         self._bare: set[int] = set()
         self._killed: dict[int, int] = {}  # by the descriptors that tell their end
@@ -235,7 +365,8 @@ class _Search:
     def _environment(self, process: int) -> bytes:
         fd = os.open(f"/proc/{process}/environ", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if os.fstat(fd).st_uid != self._user:
+            owner = os.fstat(fd).st_uid
+            if owner != self._user and owner not in self._others_of_ours:
                 raise PermissionError
             environment = part = os.read(fd, _MUCH)
             while len(part) == _MUCH:

@@ -92,6 +92,10 @@ class OutputMessage:
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
+# So many messages are made at once when one is asked for; of more, only that one: they would take a hundred
+# times the memory of their text.
+_MANY = 1_000_000
+
 
 @dataclass(frozen=True, slots=True)
 class Printed:
@@ -136,10 +140,12 @@ class OutputMessages(Sequence[OutputMessage]):
     def __getitem__(self, index: slice) -> list[OutputMessage]: ...
 
     def __getitem__(self, index: int | slice) -> OutputMessage | list[OutputMessage]:
+        if isinstance(index, int) and len(self) > _MANY:
+            return next(itertools.islice(self, range(len(self))[index], None))
         return self._made()[index]
 
     def __len__(self) -> int:
-        return len(self._made())
+        return sum(_count_lines(printed.text) for printed in self._printed)
 
     def __bool__(self) -> bool:
         return bool(self._printed)
@@ -160,6 +166,11 @@ class OutputMessages(Sequence[OutputMessage]):
         if self._messages is None:
             self._messages = list(iter(self))
         return self._messages
+
+
+def _count_lines(text: str) -> int:
+    ended = text.count("\n") + text.count("\r") - text.count("\r\n")
+    return ended if text.endswith(("\r", "\n")) or not text else ended + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,3 +61,5 @@ class Run:
         self.lost_state = False
         self.abandoned = False
         self.told = False
+        self.loss_told = self.reply_lost = False
+        self.unanswered = 0

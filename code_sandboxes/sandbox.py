@@ -18,6 +18,7 @@ from code_sandboxes.blocking import advance, drive
 from code_sandboxes.errors import SandboxError
 from code_sandboxes.front import Front, finding, known_variant, listing
 from code_sandboxes.info import SandboxInfo, SandboxStatus, SandboxVariant
+from code_sandboxes.network_info import NetworkAttempt
 from code_sandboxes.process_info import CommandResult
 from code_sandboxes.results import (
     Context,
@@ -185,6 +186,16 @@ class Sandbox(Front):
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Replace its tags."""
         drive(self._core.set_tags(tags))
+
+    def network_log(self) -> builtins.list[NetworkAttempt]:
+        """What its code tried to reach, allowed or refused, the oldest first; the newest 10,000 are kept.
+
+        It is what the way out of the sandbox was asked for; there is no other, and who tries one fails.
+
+        Raises:
+            SandboxConfigurationError: its network policy is neither ``none`` nor ``allowlist``.
+        """
+        return drive(self._core.network_log())
 
     def restart(self) -> None:
         """Start all its kernels afresh; their variables are gone, files stay."""

@@ -50,7 +50,7 @@ def install(
     seconds = check_seconds("timeout", timeout)
     if package_manager is not None and package_manager not in _MANAGERS:
         raise ValueError(f"no package manager {package_manager!r} (known: {', '.join(_MANAGERS)})")
-    can = core.variant.capabilities().system_packages
+    can = core.variant.own_capabilities.system_packages
     if not can:
         raise core.variant.refuse("install system packages", can.reason)
     core.check_running()

@@ -12,6 +12,7 @@ import pytest
 from code_sandboxes import Context, ContextNotFoundError, Sandbox, SandboxConnectionError
 from conftest import BUSY, MakeSandbox
 
+ISOLATED = True
 EVERY_FRONT = True
 
 
@@ -45,6 +46,7 @@ def test_contexts_run_side_by_side(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.needs("environment")
+@pytest.mark.from_this_machine
 def test_a_context_starts_in_its_directory_with_its_environment(sandbox: Sandbox, tmp_path: Path) -> None:
     context = sandbox.create_context(cwd=str(tmp_path), env={"COLOUR": "red"})
     result = sandbox.run_code("import os; print(os.getcwd(), os.environ['COLOUR'])", context=context)
@@ -75,6 +77,7 @@ def test_restarting_cuts_a_run_short_and_the_next_one_works(sandbox: Sandbox) ->
 
 
 @pytest.mark.needs("own_process")
+@pytest.mark.from_this_machine
 def test_a_deleted_context_is_gone_with_its_process(sandbox: Sandbox) -> None:
     context = sandbox.create_context("other")
     pid = int(sandbox.run_code("import os; os.getpid()", context=context).text or 0)
@@ -161,6 +164,7 @@ def test_bash_is_started_afresh_when_it_died(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.needs("languages.bash")
+@pytest.mark.from_this_machine
 def test_a_context_whose_kernel_dies_at_start_raises_and_is_not_kept(
     sandbox: Sandbox, broken_kernel: str
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 from code_sandboxes import ExecutionStatus, Sandbox, SandboxConfigurationError
 from conftest import MakeSandbox
 
+ISOLATED = True
 FAST_VARIANT = "local-jupyter"
 EVERY_FRONT = True
 

@@ -100,7 +100,7 @@ def test_prints_of_many_threads_are_all_there(shared_sandbox: Sandbox) -> None:
 def written(tmp_path: Path) -> tuple[str, tuple[int, int], journal.Journal]:
     path = str(tmp_path / "journal")
     identity = journal.create(path)
-    return path, identity, journal.Journal(path)
+    return path, identity, journal.Journal(os.open(path, os.O_RDWR))
 
 
 Written = tuple[str, "tuple[int, int]", journal.Journal]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import tracemalloc
 
 import pytest
 from hypothesis import given, strategies as st
 
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.protocol.events import (
+    Cleared,
     Displayed,
     Done,
     Event,
+    Failed,
     InterruptAsked,
     OutputDropped,
+    Started,
     Streamed,
     TimedOut,
     Updated,
@@ -68,24 +73,25 @@ def test_control_events_are_never_dropped_and_stay_in_order() -> None:
 
 
 def test_a_control_event_keeps_its_place_between_the_outputs() -> None:
-    inbox = filled(out("a" * 400), *[out("b" * 400)] * 9, InterruptAsked(), out("c" * 400), Done())
+    first, latest = out("a" * 4000), out("c" * 4000)
+    inbox = filled(first, *[out("b" * 4000)] * 9, InterruptAsked(), latest, Done(), limit=10_000)
     kept = taken(inbox)
-    assert kept[0] == out("a" * 400)
-    assert kept[-3:] == [InterruptAsked(), out("c" * 400), Done()]
+    assert kept[0] == first
+    assert kept[-3:] == [InterruptAsked(), latest, Done()]
 
 
 def test_an_inbox_that_was_emptied_has_room_again() -> None:
-    inbox = Inbox(1000)
+    inbox = Inbox(10_000)
     for _ in range(20):
-        events = [out("x" * 200), out("y" * 200), out("z" * 200)]
+        events = [out("x" * 2000), out("y" * 2000), out("z" * 2000)]
         for event in events:
             inbox.put(event)
         assert taken(inbox) == events
 
 
 def test_output_larger_than_half_the_limit_fits() -> None:
-    assert taken(filled(out("x" * 900))) == [out("x" * 900)]
-    assert taken(filled(out("x" * 300), out("y" * 600))) == [out("x" * 300), out("y" * 600)]
+    for events in ([out("x" * 9000)], [out("x" * 3000), out("y" * 6000)]):
+        assert taken(filled(*events, limit=10_000)) == events
 
 
 def test_one_output_larger_than_the_limit_is_not_lost_whole() -> None:
@@ -100,8 +106,24 @@ def test_displays_count_with_all_they_carry(data: dict[str, object]) -> None:
         assert OutputDropped() in taken(filled(*[event] * 20, limit=10_000))
 
 
-def test_output_without_text_is_output_all_the_same() -> None:
-    assert OutputDropped() in taken(filled(*[out("")] * 5000))
+@pytest.mark.parametrize("event", [out(""), Failed("E", "", ""), Started(1), Cleared(wait=False)], ids=repr)
+def test_no_number_of_events_that_carry_nothing_finds_room(event: Event) -> None:
+    assert len(taken(filled(*[event] * 5000, limit=100_000))) < 1000
+
+
+def test_what_waits_takes_no_more_memory_than_the_limit() -> None:
+    texts = itertools.cycle(["", "x", "\u4e2d" * 10, "\U0001f600" * 3000])
+    tracemalloc.start()
+    try:
+        inbox = Inbox(200_000)
+        for _ in range(2_000):
+            inbox.put(Streamed(next(texts) + "", error=False))
+            inbox.put(Failed(next(texts), "x" * 10, ""))
+            inbox.put(Displayed({"application/json": [[], {}, 1.5, 10**20]}, {}))
+        assert tracemalloc.get_traced_memory()[0] < 400_000
+    finally:
+        tracemalloc.stop()
+    assert OutputDropped() in taken(inbox)
 
 
 def test_a_wait_ends_when_something_was_put() -> None:
@@ -140,13 +162,13 @@ _texts = st.lists(st.text("ab", min_size=1, max_size=20), max_size=30)
 @given(_texts)
 def test_nothing_is_dropped_while_everything_fits(texts: list[str]) -> None:
     events = [out(text) for text in texts]
-    assert taken(filled(*events, limit=max(1, sum(map(len, texts))))) == events
+    assert taken(filled(*events, limit=max(1, 250 * len(texts)))) == events
 
 
 @quick
 @given(
     st.lists(st.text("ab", min_size=1, max_size=20) | st.just("") | st.just("take"), max_size=40),
-    st.integers(1, 60),
+    st.integers(1, 6000),
 )
 def test_any_backlog_keeps_its_order_and_its_control_events(steps: list[str], limit: int) -> None:
     inbox, put, got = Inbox(limit), list[Event](), list[Event]()

@@ -1046,14 +1046,14 @@ def test_programs_that_start_at_once_start_one_keeper(start_program: StartProgra
 
 @pytest.mark.slow
 def test_a_stale_socket_is_no_keeper(folder: Path) -> None:
-    for name in ("k1-0000", "k1-zzzz"):
+    for name in ("k2-0000", "k2-zzzz"):
         (folder / name).mkdir(mode=0o700, parents=True)
         with socket.socket(socket.AF_UNIX) as stale:
             stale.bind(str(folder / name / "s"))
     folder.chmod(0o700)
     with create() as sandbox:
         assert sandbox.run_code("1").text == "1"
-        assert not (folder / "k1-0000").exists()
+        assert not (folder / "k2-0000").exists()
 
 
 @pytest.mark.slow
@@ -1130,7 +1130,7 @@ def test_who_creates_while_the_keeper_is_ending_gets_another_one(folder: Path) -
 @pytest.mark.slow
 def test_a_process_that_is_not_the_one_that_connected_is_refused(folder: Path) -> None:
     with create():
-        (path,) = folder.glob("k1-*/s")
+        (path,) = folder.glob("k2-*/s")
         for began, served in ((lines.start_time(os.getpid()), True), ("another-1", False)):
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.connect(str(path))
@@ -1148,7 +1148,7 @@ def test_a_process_that_is_not_the_one_that_connected_is_refused(folder: Path) -
 )
 def test_nonsense_harms_nobody_but_who_says_it(folder: Path, nonsense: bytes) -> None:
     with create() as sandbox:
-        (path,) = folder.glob("k1-*/s")
+        (path,) = folder.glob("k2-*/s")
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(path))
             connection.sendall(nonsense)
@@ -1209,7 +1209,7 @@ def test_another_user_can_neither_list_attach_interrupt_nor_read_anything(folder
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     with create() as sandbox:
-        (path,) = folder.glob("k1-*/s")
+        (path,) = folder.glob("k2-*/s")
         attempts = f"""
             import os, signal, socket, sys
             path, pid = sys.argv[1], int(sys.argv[2])
@@ -1286,15 +1286,15 @@ def test_a_library_that_speaks_another_protocol_has_a_keeper_beside(
     newer = start_program()
     newer.tell("""
         import code_sandboxes.keeper.client as client, code_sandboxes.keeper.lines as lines
-        client.PROTOCOL = lines.PROTOCOL = 2
+        client.PROTOCOL = lines.PROTOCOL = 3
         client._START = client._START.replace(
-            "from code_sandboxes.keeper.server", "import code_sandboxes.keeper.lines as l; l.PROTOCOL = 2;"
+            "from code_sandboxes.keeper.server", "import code_sandboxes.keeper.lines as l; l.PROTOCOL = 3;"
             " from code_sandboxes.keeper.server")
     """)
     with create() as ours:
         theirs = newer.tell("sandbox = create(); print(sandbox.id, sandbox.run_code('1').text)").split()
         assert theirs[1] == "1"
-        assert sorted(path.name[:3] for path in folder.glob("k*-*")) == ["k1-", "k2-"]
+        assert sorted(path.name[:3] for path in folder.glob("k*-*")) == ["k2-", "k3-"]
         assert [each.id for each in Sandbox.list()] == [ours.id]
         assert newer.tell("print([each.id for each in Sandbox.list()] == [sandbox.id])") == "True"
         with pytest.raises(SandboxNotFoundError, match="another version of code_sandboxes"):

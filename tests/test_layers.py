@@ -17,6 +17,9 @@ ROOT = Path(code_sandboxes.__file__).parent
 
 # From the top down; a module imports from its own layer and from those below.
 LAYERS = [
+    {"__main__"},
+    {"doctor", "kernelspec_command"},
+    {"provisioner"},
     {"__init__"},
     {"pool"},
     {"async_sandbox"},
@@ -34,18 +37,19 @@ LAYERS = [
     {"kernel", "keeper", "inprocess"},
     {"steps", "guest_link"},
     {"arrow", "guest_boot", "guest_values", "kernel_process", "runs"},
+    {"isolation"},
     {"inbox", "transports", "guest", "reaper"},
     {"protocol"},
     {"config", "info"},
-    {"checks", "file_info", "forks", "process_info", "results"},
+    {"checks", "file_info", "forks", "network_info", "process_info", "results"},
     {"errors"},
 ]
 
 # Each foreign library is the business of these modules alone.
 FOREIGN = {
-    "zmq": {"transports/zmq.py"},
-    "jupyter_client": {"variants/kernelspecs.py"},
-    "traitlets": {"config.py", "variants/kernelspecs.py"},
+    "zmq": {"guest/launch.py"},
+    "jupyter_client": {"kernelspec_command.py", "provisioner.py", "variants/kernelspecs.py"},
+    "traitlets": {"config.py", "provisioner.py", "variants/kernelspecs.py"},
     "ipykernel": {"guest/launch.py"},
     "IPython": {"guest/apart.py", "guest/launch.py", "inprocess/actor.py", "inprocess/display.py"},
 }

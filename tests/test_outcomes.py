@@ -23,6 +23,7 @@ from code_sandboxes import (
 )
 from conftest import BUSY, BUSY_OR_WAITING, MakeSandbox, wait_until
 
+ISOLATED = True
 EVERY_FRONT = True
 FAST_VARIANT = "local-jupyter"
 
@@ -143,6 +144,7 @@ def test_output_that_was_not_published_when_the_process_died_is_recovered(sandbo
 
 
 @pytest.mark.needs("own_process")
+@pytest.mark.from_this_machine
 def test_a_kernel_killed_from_outside_is_reported_within_a_second(sandbox: Sandbox) -> None:
     pid = int(sandbox.run_code("import os; os.getpid()").text or 0)
     died_at: list[float] = []
@@ -160,6 +162,7 @@ def test_a_kernel_killed_from_outside_is_reported_within_a_second(sandbox: Sandb
 
 
 @pytest.mark.needs("own_process")
+@pytest.mark.from_this_machine
 def test_a_kernel_that_died_between_runs_is_told_by_the_next_one(sandbox: Sandbox) -> None:
     pid = int(sandbox.run_code("x = 1\nimport os; os.getpid()").text or 0)
     os.kill(pid, signal.SIGKILL)

@@ -16,6 +16,7 @@ from code_sandboxes import (
 )
 from conftest import BUSY, MakeSandbox
 
+ISOLATED = True
 EVERY_FRONT = True
 FAST_VARIANT = "local-jupyter"
 

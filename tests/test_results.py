@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from code_sandboxes import results
 from code_sandboxes.errors import (
     SandboxConnectionError,
     SandboxError,
@@ -22,6 +23,8 @@ from code_sandboxes.results import (
     Logs,
     MIMEType,
     OutputMessage,
+    OutputMessages,
+    Printed,
     Result,
     ResultList,
 )
@@ -220,3 +223,15 @@ def test_any_other_status_raises_with_the_result(
 def test_a_failing_exit_raises_with_its_code() -> None:
     with pytest.raises(SandboxExecutionError, match=r"^the code called sys\.exit\(2\)$"):
         ExecutionResult(ExecutionStatus.EXITED, exit_code=2).raise_for_status()
+
+
+def test_many_lines_are_counted_and_indexed_without_making_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "_MANY", 2)  # the same as with a million
+    for texts in (["a\n", "b\r", "c\r\n", "d"], ["", "\n\r\n\r\r", "x"], [], ["\n"] * 3):
+        messages = OutputMessages(Printed(text) for text in texts)
+        expected = list(iter(messages))
+        assert len(messages) == len(expected)
+        assert [messages[i] for i in range(-len(expected), len(expected))] == expected * 2
+    with pytest.raises(IndexError):
+        messages[3]
+    assert messages._messages is None

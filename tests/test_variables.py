@@ -42,6 +42,7 @@ from code_sandboxes.guest_link import Answered, GuestCall
 from code_sandboxes.variable_operations import _decoded, _with_answer, received
 from conftest import UNISOLATED
 
+ISOLATED = True
 EVERY_FRONT = ("blocking", "async")
 
 # They have no types.

@@ -27,17 +27,13 @@ class Journal:
     """Record what is written, in the process that writes it; from any thread.
 
     Args:
-        path: a file made by :func:`create`.
+        fd: a descriptor of a file that the host has made; not used any more afterwards.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, fd: int) -> None:
         self._lock = threading.Lock()
         self._totals = [0] * len(STREAMS)
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._map = mmap.mmap(fd, _FILE_SIZE)
-        finally:
-            os.close(fd)
+        self._map = mmap.mmap(fd, _FILE_SIZE)
 
     def record(self, stream: int, text: str) -> None:
         """*text* was written to ``STREAMS[stream]``."""
@@ -75,6 +71,17 @@ def create(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def create_in_memory() -> tuple[int, tuple[int, int]]:
+    """The same as a file in memory, whose size nobody can change; a descriptor of it."""
+    import fcntl  # which Windows does not have
+
+    fd = os.memfd_create("journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, _FILE_SIZE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    status = os.fstat(fd)
+    return fd, (status.st_dev, status.st_ino)
+
+
 def read(path: str, identity: tuple[int, int]) -> list[tuple[int, bytes]]:
     """For each stream how many bytes were ever written, and the latest of them; empty if it is not there."""
     return [_latest(region) for region in _read_regions(path, identity, _REGION)]
@@ -87,8 +94,9 @@ def read_totals(path: str, identity: tuple[int, int]) -> list[int]:
 
 def _read_regions(path: str, identity: tuple[int, int], size: int) -> list[bytes]:
     try:
-        # The sandbox could have put a link or a pipe in its place.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        # The sandbox could have put a link or a pipe in its place; not in that of a descriptor.
+        no_link = 0 if path.startswith("/proc/") else os.O_NOFOLLOW
+        fd = os.open(path, os.O_RDONLY | no_link | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return []
     try:

@@ -15,10 +15,11 @@ import json
 import os
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
 from types import CodeType, FrameType, ModuleType
 from typing import Any, cast
@@ -27,6 +28,9 @@ PRIVATE = "_code_sandboxes_"
 
 # Seconds that ipykernel waits for more text before it publishes; 0.2 by default.
 FLUSH_INTERVAL = 0.005
+
+# Characters of text in one message: whoever reads it has a limit for that, and a long print is to arrive whole.
+LONGEST_TEXT = 1024 * 1024
 
 
 def import_kernelapp() -> ModuleType:
@@ -46,16 +50,45 @@ def import_kernelapp() -> ModuleType:
     return kernelapp
 
 
-def publish_sooner(connection_file: str) -> None:
+def descriptors_of(connection_file: str) -> dict[str, Any]:
+    """What a connection file says of descriptors that were handed over; empty if it says nothing."""
+    if not connection_file.startswith("/proc/self/fd/"):
+        return {}
+    with open(connection_file) as file:
+        content: dict[str, Any] = json.load(file)
+    return content
+
+
+def listen_on(application: Any, connection: dict[str, Any]) -> None:
+    """Let the kernel use sockets that listen already (zmq_setsockopt(3), ZMQ_USE_FD)."""
+    import zmq
+    from ipykernel.heartbeat import Heartbeat
+
+    descriptors = {connection[f"{name}_port"]: fd for name, fd in connection["sockets"].items()}
+    for fd in descriptors.values():
+        os.set_inheritable(fd, False)
+
+    def bind(socket: Any, port: int) -> int:
+        socket.setsockopt(zmq.USE_FD, descriptors[port])
+        socket.bind(f"ipc://{connection['ip']}-{port}")
+        return port
+
+    heartbeat: Any = Heartbeat
+    application._try_bind_socket = lambda self, socket, port: bind(socket, port)
+    heartbeat._try_bind_socket = lambda self: bind(self.socket, self.port)
+
+
+def publish_sooner(record: Callable[[int, str], None] | None) -> None:
     """Make a print arrive within milliseconds, the end of a cell without empty flushes, and lose nothing."""
     from ipykernel.iostream import IOPubThread, OutStream
 
     if hasattr(OutStream, "flush_interval"):
         OutStream.flush_interval = FLUSH_INTERVAL
     if all(hasattr(OutStream, name) for name in ("flush", "_flush", "write", "_schedule_flush")):
-        record = journal_beside(connection_file)
         skip_empty_flushes(OutStream)
         write_faster(OutStream, record)
+        if hasattr(OutStream, "_flush_buffers"):
+            publish_in_pieces(OutStream)
         if record is not None and hasattr(IOPubThread, "_handle_pipe_msg"):
             record_children(record)
 
@@ -112,6 +145,18 @@ def write_faster(out_stream: Any, record: Callable[[int, str], None] | None) -> 
 
     original = out_stream.write
     out_stream.write = write
+
+
+def publish_in_pieces(out_stream: Any) -> None:
+    """Cut long text into several messages."""
+    flush_buffers = out_stream._flush_buffers
+
+    def flush_pieces(self: Any) -> Iterator[tuple[Any, str]]:
+        for parent, text in flush_buffers(self):
+            for start in range(0, len(text), LONGEST_TEXT):
+                yield parent, text[start : start + LONGEST_TEXT]
+
+    out_stream._flush_buffers = flush_pieces
 
 
 def publishable(text: str) -> str:
@@ -268,12 +313,19 @@ def serve_guest(application: Any) -> None:
     application.init_kernel = init_kernel_with_guest
 
 
-def journal_beside(connection_file: str) -> Callable[[int, str], None] | None:
-    """Records in the file ``journal`` beside *connection_file*, if the host has made one."""
+def journal_of(connection_file: str, connection: dict[str, Any]) -> Callable[[int, str], None] | None:
+    """Records in the journal that was handed over, or lies beside the connection file, if there is one."""
     path = os.path.join(os.path.dirname(connection_file), "journal")
-    if not os.path.exists(path):
+    if "journal" in connection:
+        fd = connection["journal"]
+    elif os.path.exists(path):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    else:
         return None
-    record: Callable[[int, str], None] = load_sibling("journal").Journal(path).record
+    try:
+        record: Callable[[int, str], None] = load_sibling("journal").Journal(fd).record
+    finally:
+        os.close(fd)
     return record
 
 
@@ -361,10 +413,32 @@ def report_crashes() -> None:
     faulthandler.enable(os.dup(2))
 
 
+def use_own_packages() -> None:
+    """Where the installation cannot be changed, let packages be installed elsewhere, and be found there.
+
+    They come before those of the installation, for whatever is started from here, too.
+    """
+    prefix = os.environ.get("CODE_SANDBOXES_PACKAGES")
+    if not prefix:
+        return
+    # As pip decides it for ``--prefix`` (Python documentation, sysconfig, "Installation paths").
+    preferred = getattr(sysconfig, "get_preferred_scheme", lambda key: "posix_prefix")
+    places = {"base": prefix, "platbase": prefix}
+    paths = sysconfig.get_paths(preferred("prefix"), vars=places)
+    folders = list(dict.fromkeys((paths["purelib"], paths["platlib"])))
+    for folder in folders:
+        os.makedirs(folder, exist_ok=True)  # what is not there when it is first looked for is not seen later
+    before = [i for i, path in enumerate(sys.path) if path.endswith(("site-packages", "dist-packages"))]
+    at = min(before, default=len(sys.path))
+    sys.path[at:at] = folders
+    os.environ["PYTHONPATH"] = os.pathsep.join(folders)
+
+
 def main() -> None:
     """Start the kernel; returns when it ends."""
     # The folder of this script is no place for the user's imports to find anything.
     sys.path[:] = sys.path[1:]
+    use_own_packages()
     # sys.exit() is an outcome here, told as such; IPython's advice on how to leave a terminal is noise.
     warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning)
     report_crashes()
@@ -384,7 +458,11 @@ def main() -> None:
         ignore_interrupts_here_only(kernelapp.IPKernelApp)
     if hasattr(kernelapp.IPKernelApp, "init_kernel"):
         serve_guest(kernelapp.IPKernelApp)
-    publish_sooner(sys.argv[sys.argv.index("-f") + 1] if "-f" in sys.argv[:-1] else "")
+    connection_file = sys.argv[sys.argv.index("-f") + 1] if "-f" in sys.argv[:-1] else ""
+    connection = descriptors_of(connection_file)
+    if connection:
+        listen_on(kernelapp.IPKernelApp, connection)
+    publish_sooner(journal_of(connection_file, connection))
     kernelapp.launch_new_instance()
 
 

@@ -24,13 +24,14 @@ class Packages:
             "packages.finish": self._finish,
         }
         self._written: set[str] = set()
+        self._prefix = os.environ.get("CODE_SANDBOXES_PACKAGES")  # see launch.py
 
     def close(self) -> None:
         for path in list(self._written):
             self._remove(path)
 
     def _prepare(self, call: Call) -> object:
-        """The interpreter, and a file with the requirements that have come along, if some have."""
+        """The interpreter, where it is to install, and a file with the requirements that have come along."""
         path = None
         if call.buffers:
             path = os.path.join(gettempdir(), "requirements-" + os.urandom(8).hex() + ".txt")
@@ -38,7 +39,11 @@ class Packages:
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 for buffer in call.buffers:
                     file.write(buffer)
-        return {"interpreter": call.wire(sys.executable), "path": None if path is None else call.wire(path)}
+        return {
+            "interpreter": call.wire(sys.executable),
+            "path": None if path is None else call.wire(path),
+            "prefix": None if self._prefix is None else call.wire(self._prefix),
+        }
 
     def _finish(self, call: Call, path: object) -> None:
         """Let imports look again; remove that file."""

@@ -118,6 +118,7 @@ class InProcessKernel:
     interrupt_mode: Literal["signal"] = "signal"
     is_fresh = True
     why_lost = ""
+    why_ended = ""
     how_killed = (
         "it was abandoned: its thread goes on in this process, its output is dropped,"
         " and its variables are gone"

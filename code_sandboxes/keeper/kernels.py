@@ -1,9 +1,8 @@
-"""A kernel process that the keeper started, and its process group: watched, signalled, and removed."""
+"""A kernel that the keeper started: watched, signalled, and removed."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import secrets
@@ -12,26 +11,54 @@ import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from code_sandboxes.guest import journal
+from code_sandboxes.isolation.egress import the_egress
+from code_sandboxes.isolation.enclosure import Enclosure
+from code_sandboxes.isolation.landlock import landlocked
+from code_sandboxes.isolation.plan import Plan
+from code_sandboxes.keeper.connections import (
+    Handover,
+    connection_file,
+    handed_over,
+    listen,
+    write_connection_file,
+)
+from code_sandboxes.keeper.leaders import ChildLeader, EnclosedLeader, Leader
 from code_sandboxes.keeper.lines import start_time
 from code_sandboxes.protocol.messages import Channel, Message, Session
-from code_sandboxes.reaper import MARK
+from code_sandboxes.reaper import MARK, Reaper
 from code_sandboxes.transports.loop import Loop
 
 if TYPE_CHECKING:
     from code_sandboxes.transports.zmq import ZmqTransport
 
-__all__ = ["LEASE", "HostedKernel", "Observer", "descriptors_left", "raise_descriptor_limit", "start_kernel"]
+__all__ = [
+    "LEASE",
+    "HostedKernel",
+    "Observer",
+    "descriptors_left",
+    "raise_descriptor_limit",
+    "start_confined",
+    "start_enclosed",
+    "start_kernel",
+]
 
 LEASE = "process"
 """The file beside a kernel's connection file that says which process it is: its number and when it began."""
 
-_CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 _KEPT_STDERR = 16 * 1024
-_MAX_MESSAGE = 64 * 1024**2
+
+# Of a kernel that is no enclosure's: as one in it has them.
+_LIMITS = {"core": 0, "nofile": 4096}
+
+_NO_JOURNAL = ("", 0, 0)
+
+# The longest that the keeper wants to know is what a kernel says of itself. What is longer costs it nothing.
+_MAX_MESSAGE = 256 * 1024
 
 # Whoever asks for one of these uses the kernel: runs, and calls of files and commands.
 _USES = ("execute_request", "comm_open", "comm_msg")
@@ -41,22 +68,28 @@ _PROCESSES = "code_sandboxes.processes"
 
 
 class HostedKernel:
-    """A kernel process and its process group."""
+    """A kernel: its process, what it says, and what it has on this machine.
+
+    Args:
+        stderr: a descriptor to read what it writes to its standard error.
+        journal: where its journal is, and what tells it from another file.
+        close: lets go of what the keeper has open for it.
+    """
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        leader: Leader,
         stderr: int,
         folder: Path,
         connection: Mapping[str, Any],
-        journal_identity: tuple[int, int],
+        journal: tuple[str, int, int],
+        close: Callable[[], None],
     ) -> None:
-        self.pid = process.pid
         self.folder = folder
         self.connection = connection
-        self.journal_identity = journal_identity
-        self.has_ended = False
-        self._process = process
+        self.journal = journal
+        self.close = close
+        self._leader = leader
         self._stderr = stderr
         self._said: deque[bytes] = deque()
         self._said_size = 0
@@ -65,52 +98,29 @@ class HostedKernel:
         """Call *ended* once, when the process has ended."""
         os.set_blocking(self._stderr, False)
         loop.add_reader(self._stderr, lambda: self._hear(loop))
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except (AttributeError, OSError):  # macOS, or a kernel before Linux 5.3
-            self._look(loop, ended)
-            return
-        loop.add_reader(pidfd, lambda: self._exited(loop, pidfd, ended))
+        self._leader.watch(loop, lambda: self._ended(loop, ended))
 
     def exit_code(self) -> int | None:
-        """As in :mod:`subprocess`."""
-        return self._process.returncode
+        return self._leader.exit_code()
 
     def output(self) -> str:
         """The latest of what it wrote to its standard error."""
         return b"".join(self._said)[-_KEPT_STDERR:].decode("utf-8", "replace")
 
     def interrupt(self) -> None:
-        self._signal_group(signal.SIGINT)
+        self._leader.signal(signal.SIGINT)
 
     def terminate(self) -> None:
-        self._signal_group(signal.SIGTERM)
+        self._leader.signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        self._signal_group(signal.SIGKILL)
+        self._leader.signal(signal.SIGKILL)
 
     def abort(self) -> None:
         """End it at once, and whoever could not be watched with it."""
-        self.kill()
-        self._process.wait()
-        self.has_ended = True
-
-    def _exited(self, loop: Loop, pidfd: int, ended: Callable[[], None]) -> None:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-        self._ended(loop, ended)
-
-    def _look(self, loop: Loop, ended: Callable[[], None]) -> None:
-        if self._process.poll() is None:
-            loop.call_later(0.05, lambda: self._look(loop, ended))
-        else:
-            self._ended(loop, ended)
+        self._leader.abort()
 
     def _ended(self, loop: Loop, ended: Callable[[], None]) -> None:
-        # Children it left go now, while the dead leader still keeps the group's number from being used again.
-        self._signal_group(signal.SIGKILL)
-        self.has_ended = True
-        self._process.wait()
         if self._stderr >= 0:
             self._hear(loop)  # a pipe holds 64 KiB: that is all there can be
         if self._stderr >= 0:
@@ -136,53 +146,175 @@ class HostedKernel:
         os.close(self._stderr)
         self._stderr = -1
 
-    def _signal_group(self, number: signal.Signals) -> None:
-        # The kernel leads its group. Until it is reaped its number cannot be another's.
-        if not self.has_ended:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
 
-
-def start_kernel(folder: Path, command: Sequence[str], env: Mapping[str, str], cwd: str) -> HostedKernel:
-    """Start a kernel that has *folder* for its connection file and sockets.
+def start_kernel(folder: Path, launch: Mapping[str, Any], home: Path, guard: Reaper) -> HostedKernel:
+    """Start a kernel as a process of this machine.
 
     Args:
-        command: with ``{connection_file}`` where its path belongs.
+        folder: for its connection file and sockets; made here.
+        launch: ``command``, with ``{connection_file}`` where its path belongs, ``env`` and ``cwd``; and a
+            ``key``, if it is to sign with a given one.
+        home: where it starts, if ``cwd`` does not say.
 
     Raises:
         OSError: there is no such program or directory, or something is missing to start it.
     """
     folder.mkdir(mode=0o700)
-    connection = _write_connection_file(folder)
-    identity = journal.create(str(folder / "journal"))
-    path = str(folder / "connection.json")
+    connection = write_connection_file(folder, launch.get("key"))
+    path = str(folder / "journal")
+    identity = journal.create(path)
     read, write = os.pipe()
-    try:
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(os.close, read)
+        try:
+            process = subprocess.Popen(
+                _filled_in(launch["command"], str(folder / "connection.json")),
+                env=_environment(launch, folder, os.getpid()),
+                cwd=launch["cwd"] or str(home),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=write,
+                start_new_session=True,
+            )
+        finally:
+            os.close(write)
+        _limit_descriptors(process.pid)
+        leader = ChildLeader(process, guard)
+        _lease(folder, process.pid, leader)
+        on_failure.pop_all()
+    return HostedKernel(leader, read, folder, connection, (path, *identity), _nothing)
+
+
+def start_confined(
+    folder: Path, launch: Mapping[str, Any], home: Path, guard: Reaper, plan: Plan
+) -> HostedKernel:
+    """Start a kernel as a process of this machine that has given up most of it (landlock(7)).
+
+    Args:
+        folder: for its sockets; made here.
+        launch: as in :func:`start_kernel`, of a kernel that takes descriptors.
+        home: all that it can write; where it starts, if ``cwd`` does not say.
+
+    Raises:
+        OSError: as :func:`start_kernel`.
+    """
+    folder.mkdir(mode=0o700)
+    temporary = home / "tmp"
+    temporary.mkdir(mode=0o700, exist_ok=True)
+    if plan.user >= 0:
+        for each in (home, temporary):
+            os.chown(each, plan.user, plan.user)
+    with (
+        handed_over(folder, launch.get("key"), renumbered=False) as handover,
+        contextlib.ExitStack() as stack,
+    ):
+        stderr, *descriptors = handover.descriptors
+        command, document = landlocked(
+            _filled_in(launch["command"], handover.connection_file),
+            readable=[mount.source for mount in plan.mounts],
+            writable=[str(home)],
+            limits=_LIMITS,
+            block_inet=plan.network == "none",
+            uid=plan.user,
+            gid=plan.user,
+        )
+        stack.callback(os.close, document)
         process = subprocess.Popen(
-            [argument.replace("{connection_file}", path) for argument in command],
-            # ipykernel ends when this is not its parent; what it starts is found by its mark.
-            env={**env, "JPY_PARENT_PID": str(os.getpid()), MARK: str(folder)},
-            cwd=cwd,
+            command,
+            pass_fds=[document, *descriptors],
+            env={**_environment(launch, folder, os.getpid()), "TMPDIR": str(temporary)},
+            cwd=launch["cwd"] or str(home),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=write,
+            stderr=stderr,
             start_new_session=True,
         )
-    except BaseException:
-        os.close(read)
-        raise
-    finally:
-        os.close(write)
-    _limit_descriptors(process.pid)
-    kernel = HostedKernel(process, read, folder, connection, identity)
+        leader = ChildLeader(process, guard)
+        _lease(folder, process.pid, leader)
+    return _of(leader, folder, handover)
+
+
+def start_enclosed(
+    enclosure: Enclosure, number: int, folder: Path, launch: Mapping[str, Any]
+) -> HostedKernel:
+    """Start a kernel in *enclosure*; blocks, so not in the I/O thread.
+
+    Args:
+        number: of the kernel; no other one in the enclosure has it.
+        folder: for its sockets; made here.
+        launch: as in :func:`start_kernel`; if not ``by_descriptors``, of any kernel that listens in files.
+
+    Raises:
+        OSError: there is no such program or directory, or something is missing to start it.
+        EnclosureError: the enclosure is over.
+    """
+    folder.mkdir(mode=0o700)
+    cwd = launch["cwd"] or enclosure.plan.working_dir
+    environment = _environment(launch, folder, 1)
+    if not launch["by_descriptors"]:
+        return _start_relayed(enclosure, number, folder, launch, environment, cwd)
+    with handed_over(folder, launch.get("key"), renumbered=True) as handover:
+        command = _filled_in(launch["command"], handover.connection_file)
+        kernel = enclosure.start_kernel(number, command, environment, cwd, {}, handover.descriptors)
+    return _of(EnclosedLeader(enclosure, kernel), folder, handover)
+
+
+def _start_relayed(
+    enclosure: Enclosure,
+    number: int,
+    folder: Path,
+    launch: Mapping[str, Any],
+    environment: Mapping[str, str],
+    cwd: str,
+) -> HostedKernel:
+    """A kernel that listens in the enclosure's own files: programs reach it through the keeper."""
+    inside = f"/run/kernels/{number}"
+    path = f"{inside}/connection.json"
+    with contextlib.ExitStack() as for_kernel, contextlib.ExitStack() as for_keeper:
+        listening = listen(folder, launch.get("key"))
+        for each in listening.sockets:
+            for_keeper.enter_context(each)
+        read, write = os.pipe()
+        for_keeper.callback(os.close, read)
+        for_kernel.callback(os.close, write)
+        files = {path: connection_file(listening.connection, f"{inside}/s")}
+        command = _filled_in(launch["command"], path)
+        kernel = enclosure.start_kernel(number, command, environment, cwd, files, [write])
+        for_keeper.pop_all()
+    relays = [
+        the_egress().relay(each, partial(enclosure.connect, f"{inside}/s-{port}"))
+        for port, each in enumerate(listening.sockets, start=1)
+    ]
+
+    def close() -> None:
+        for relay in relays:
+            relay.close()
+
+    leader = EnclosedLeader(enclosure, kernel)
+    return HostedKernel(leader, read, folder, listening.connection, _NO_JOURNAL, close)
+
+
+def _of(leader: Leader, folder: Path, handover: Handover) -> HostedKernel:
+    book, identity = handover.journal
+    where = (f"/proc/{os.getpid()}/fd/{book}", *identity)
+    return HostedKernel(leader, handover.stderr, folder, handover.connection, where, lambda: os.close(book))
+
+
+def _environment(launch: Mapping[str, Any], folder: Path, parent: int) -> dict[str, str]:
+    # ipykernel ends when that is not its parent; what it starts is found by its mark.
+    return {**launch["env"], "JPY_PARENT_PID": str(parent), MARK: str(folder)}
+
+
+def _filled_in(command: Sequence[str], path: str) -> list[str]:
+    return [argument.replace("{connection_file}", path) for argument in command]
+
+
+def _lease(folder: Path, pid: int, leader: Leader) -> None:
     try:
-        (folder / LEASE).write_text(f"{process.pid} {start_time(process.pid)}")
+        (folder / LEASE).write_text(f"{pid} {start_time(pid)}")
     except OSError:  # no room: without it nobody could end it, should the keeper be killed
-        kernel.kill()
-        process.wait()
-        os.close(read)
+        leader.abort()
         raise
-    return kernel
 
 
 _descriptors = None
@@ -213,15 +345,8 @@ def _limit_descriptors(pid: int) -> None:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, _descriptors)
 
 
-def _write_connection_file(folder: Path) -> dict[str, Any]:
-    """Choose where the kernel listens, and write it where it looks (jupyter_client, "Connection files")."""
-    ports = {channel: number for number, channel in enumerate(_CHANNELS, start=1)}
-    where = {"transport": "ipc", "ip": str(folder / "s"), "key": secrets.token_hex(32)}
-    content = {**where, "signature_scheme": "hmac-sha256"}
-    path = folder / "connection.json"
-    path.touch(mode=0o600)
-    path.write_text(json.dumps({**content, **{f"{channel}_port": port for channel, port in ports.items()}}))
-    return {**where, "ports": ports}
+def _nothing() -> None:
+    return
 
 
 class Observer:

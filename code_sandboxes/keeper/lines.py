@@ -15,7 +15,7 @@ from code_sandboxes.transports.loop import Loop
 
 __all__ = ["LONGEST", "PROTOCOL", "Lines", "as_line", "start_time"]
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Changes whenever a program and a keeper that do not agree on it would misunderstand each other."""
 
 LONGEST = 16 * 1024**2

@@ -30,8 +30,8 @@ from code_sandboxes.keeper.kernels import LEASE, raise_descriptor_limit
 from code_sandboxes.keeper.leftovers import Leftovers
 from code_sandboxes.keeper.lines import PROTOCOL, Lines, start_time
 from code_sandboxes.keeper.places import folder_prefix, locked, log_of, peer_of
-from code_sandboxes.keeper.sandboxes import KeptSandbox, RefusedError, Reply
-from code_sandboxes.reaper import Reaper, end_marked, remove_tree
+from code_sandboxes.keeper.sandboxes import CGROUPS, KeptSandbox, RefusedError, Reply
+from code_sandboxes.reaper import Reaper, end_cgroups, end_marked, remove_tree
 from code_sandboxes.transports.loop import Loop
 
 __all__ = ["Keeper", "main"]
@@ -106,6 +106,7 @@ class Keeper:
             "detach": self._detach,
             "lifetime": self._lifetime,
             "tags": self._tags,
+            "network_log": self._network_log,
             "delete_context": self._delete_context,
             "give_turn": self._give_turn,
             "signal": self._signal,
@@ -238,6 +239,9 @@ class Keeper:
         self._find(connection, message).set_tags(connection, message["tags"])
         reply({})
 
+    def _network_log(self, connection: _Connection, message: Mapping[str, Any], reply: Reply) -> None:
+        reply({"attempts": self._find(connection, message).network_log()})
+
     def _delete_context(self, connection: _Connection, message: Mapping[str, Any], reply: Reply) -> None:
         self._find(connection, message).delete_context(connection, message["context"])
         reply({})
@@ -314,6 +318,9 @@ def _remove_what_dead_keepers_left(root: Path) -> None:
             if lock is not None:  # its keeper is dead
                 for lease in folder.glob(f"[0-9]*/[0-9]*/{LEASE}"):
                     _end_leased(lease)
+                for listed in folder.glob(f"[0-9]*/{CGROUPS}"):
+                    with contextlib.suppress(OSError):
+                        end_cgroups(listed.read_text().splitlines())
                 with contextlib.suppress(OSError):  # the folder must go all the same
                     end_marked([str(folder)])
                 with contextlib.suppress(OSError):

@@ -8,6 +8,7 @@ sections "Messages on the IOPub (PUB/SUB) channel", "Execution results", "Messag
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,8 +44,14 @@ __all__ = [
     "event_of",
     "failure",
     "json_size",
+    "memory_size",
     "utf8_size",
 ]
+
+
+# What is longer is not what it says it is.
+_LONGEST_PROMPT = 64 * 1024
+_LONGEST_DISPLAY_ID = 1024
 
 
 class MalformedContentError(ValueError):
@@ -270,6 +277,8 @@ def _replied(message: Message) -> Event | None:
 
 def _input_asked(message: Message) -> Event:
     prompt = _utf8(_str(message, "prompt", ""))
+    if len(prompt) > _LONGEST_PROMPT:
+        raise MalformedContentError(f"input_request: a prompt of {len(prompt)} characters")
     return InputAsked(prompt, message.content.get("password") is True, dict(message.header))
 
 
@@ -371,7 +380,7 @@ def _bundle(message: Message, key: str) -> Mapping[str, object]:
     value = message.content.get(key, {})
     if not isinstance(value, dict):
         raise MalformedContentError(f"{message.msg_type}: {key} is {type(value).__name__}, not an object")
-    return value
+    return {_utf8(name): _utf8(data) if isinstance(data, str) else data for name, data in value.items()}
 
 
 def _count(message: Message) -> int | None:
@@ -382,7 +391,11 @@ def _count(message: Message) -> int | None:
 def _display_id(message: Message) -> str | None:
     transient = message.content.get("transient")
     value = transient.get("display_id") if isinstance(transient, dict) else None
-    return value if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    if len(value) > _LONGEST_DISPLAY_ID:
+        raise MalformedContentError(f"{message.msg_type}: a display_id of {len(value)} characters")
+    return value
 
 
 def _utf8(text: str) -> str:
@@ -405,6 +418,21 @@ def json_size(value: object) -> int:
         if isinstance(item, str):
             size += utf8_size(item)
         elif isinstance(item, Mapping):
+            values += item.keys()
+            values += item.values()
+        elif isinstance(item, list):
+            values += item
+    return size
+
+
+def memory_size(value: object) -> int:
+    """How many bytes of memory a value from JSON takes; as :func:`json_size` not recursive."""
+    size = 0
+    values = [value]
+    while values:
+        item = values.pop()
+        size += sys.getsizeof(item)
+        if isinstance(item, Mapping):
             values += item.keys()
             values += item.values()
         elif isinstance(item, list):

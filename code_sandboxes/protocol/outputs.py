@@ -7,8 +7,17 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Iterable
 
-from code_sandboxes.protocol.events import Cleared, Displayed, Event, Streamed, Updated, json_size, utf8_size
+from code_sandboxes.protocol.events import (
+    Cleared,
+    Displayed,
+    Event,
+    Streamed,
+    Updated,
+    memory_size,
+    utf8_size,
+)
 from code_sandboxes.results import Logs, OutputMessages, Printed, Result, ResultList
 
 __all__ = ["HOLD", "Displays", "LineSplitter", "LiveResults", "Outputs"]
@@ -18,6 +27,11 @@ HOLD = 0.1
 
 # What is cut once is cut into pieces of this size, so that little is copied when more has to go.
 _PIECE = 64 * 1024
+
+# Output is counted in bytes of text. But text may come in pieces of one byte, and each takes so much beside:
+# that counts too, from so many pieces on.
+_OVERHEAD = 256
+_FREE_PIECES = 65536
 
 
 class LineSplitter:
@@ -72,7 +86,7 @@ class LiveResults(ResultList):
         limit: bytes that all of them may take; an update beyond it is not kept.
     """
 
-    __slots__ = ("_limit", "_next_key", "_size", "_sizes", "truncated")
+    __slots__ = ("_keys", "_limit", "_next_key", "_size", "_sizes", "truncated")
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -81,6 +95,7 @@ class LiveResults(ResultList):
         self._next_key = 0
         self._size = 0
         self._sizes: dict[int, int] = {}
+        self._keys: dict[str, set[int]] = {}
 
     def append(self, result: Result, size: int) -> int:
         """Show *result* at the end; returns the key to :meth:`discard` it with."""
@@ -89,26 +104,42 @@ class LiveResults(ResultList):
         self._sizes[key] = size
         self._size += size
         self._next_key += 1
+        if result.display_id is not None:
+            self._keys.setdefault(result.display_id, set()).add(key)
         return key
 
     def discard(self, key: int) -> bool:
         """Show it no more; False if that was so before."""
         self._size -= self._sizes.pop(key, 0)
-        return self._items.pop(key, None) is not None
+        result = self._items.pop(key, None)
+        if result is not None and result.display_id is not None:
+            keys = self._keys[result.display_id]
+            keys.discard(key)
+            if not keys:
+                del self._keys[result.display_id]
+        return result is not None
+
+    def shows(self, display_id: str) -> bool:
+        """Is there anything of that id?"""
+        return display_id in self._keys
 
     def clear(self) -> None:
         self._items.clear()
         self._sizes.clear()
+        self._keys.clear()
         self._size = 0
 
     def update(self, event: Updated) -> list[Result]:
         """Replace every display of that id; returns what they are now."""
+        shown = [  # the run may be adding to it in another thread
+            (key, self._items.get(key)) for key in sorted(self._keys.get(event.display_id, set()).copy())
+        ]
         updated = {
             key: Result(event.data, event.metadata, old.is_main_result, event.display_id)
-            for key, old in list(self._items.items())  # the run may be adding to it in another thread
-            if old.display_id == event.display_id
+            for key, old in shown
+            if old is not None
         }
-        size = json_size(event.data) + json_size(event.metadata)
+        size = memory_size(event.data) + memory_size(event.metadata)
         grown = sum(size - self._sizes.get(key, 0) for key in updated)
         if grown > 0 and self._size + grown > self._limit:
             self.truncated = True
@@ -123,8 +154,8 @@ class LiveResults(ResultList):
 class Displays:
     """Where each display id of a kernel is shown: in the results of this run, and of earlier ones.
 
-    Results that nobody holds any more are forgotten. Only the run that is on adds to it, and tuples are
-    replaced whole, so that an update may come from another thread.
+    Results that nobody holds any more are forgotten, and ids that they show no more. Only the run that is on
+    adds to it, and tuples are replaced whole, so that an update may come from another thread.
     """
 
     def __init__(self) -> None:
@@ -137,7 +168,7 @@ class Displays:
     def show(self, display_id: str, results: LiveResults) -> None:
         known = self._shown.get(display_id, ())
         if not any(reference() is results for reference in known):
-            self._shown[display_id] = (*(r for r in known if r() is not None), weakref.ref(results))
+            self._shown[display_id] = (*_showing(display_id, known), weakref.ref(results))
         if len(self._shown) >= self._purge_at:
             self._purge()
 
@@ -154,9 +185,15 @@ class Displays:
         self._shown = {
             display_id: alive
             for display_id, references in self._shown.items()
-            if (alive := tuple(r for r in references if r() is not None))
+            if (alive := _showing(display_id, references))
         }
         self._purge_at = max(256, 2 * len(self._shown))
+
+
+def _showing(
+    display_id: str, references: Iterable[weakref.ref[LiveResults]]
+) -> tuple[weakref.ref[LiveResults], ...]:
+    return tuple(r for r in references if (results := r()) is not None and results.shows(display_id))
 
 
 class Outputs:
@@ -177,6 +214,7 @@ class Outputs:
         self._tail: deque[tuple[Printed | int, int]] = deque()
         self._head_size = self._tail_size = 0
         self._head_displayed = self._tail_displayed = 0
+        self._pieces = 0
         self._clear_at_next_output = False
 
     @property
@@ -228,7 +266,7 @@ class Outputs:
     def _displayed(self, event: Displayed) -> Result:
         self.clear_if_waiting()
         result = Result(event.data, event.metadata, event.is_main_result, event.display_id)
-        size = json_size(event.data) + json_size(event.metadata)
+        size = memory_size(event.data) + memory_size(event.metadata)
         key = self.results.append(result, size)
         if event.display_id is not None:
             self._displays.show(event.display_id, self.results)
@@ -257,7 +295,8 @@ class Outputs:
 
     def _kept(self, printed: list[Printed]) -> list[Printed]:
         for each in printed:
-            size = utf8_size(each.text)
+            self._pieces += 1
+            size = utf8_size(each.text) + (_OVERHEAD if self._pieces > _FREE_PIECES else 0)
             if not self._tail and size <= self._limit // 2 - self._head_size:
                 self._head.append(each)
                 self._head_size += size

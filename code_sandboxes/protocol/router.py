@@ -128,6 +128,9 @@ class Router:
             yield Routed(self._owner_of_late_output(message), event)
 
     def _answer(self, msg_id: str, pending: _Pending, event: Event) -> Iterator[Routed]:
+        if (pending.replied and isinstance(event, Replied)) or (pending.idle and isinstance(event, Idle)):
+            self.dropped["repeated"] += 1  # whoever waits for it has it, and must not be given thousands
+            return
         recipient: str | None = msg_id
         if isinstance(event, _OUTPUT) and not pending.is_execution:
             recipient = self._current_run()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
-from code_sandboxes.protocol.messages import Message
+from code_sandboxes.protocol.messages import Channel, Message
 from code_sandboxes.transports.loop import Loop, Timer
 
 __all__ = ["InProcessTransport", "Peer"]
@@ -45,6 +45,7 @@ class InProcessTransport:
 
     def __init__(self, loop: Loop, peer: Peer, receive: Callable[[Message], None]) -> None:
         self.dropped: Counter[str] = Counter()
+        self.lost: Callable[[Channel], None] = lambda channel: None  # nothing is too large for it
         self._loop = loop
         self._peer = peer
         self._receive = receive

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from code_sandboxes.errors import SandboxConfigurationError, SandboxNotFoundError
 from code_sandboxes.info import Capabilities, SandboxVariant
 from code_sandboxes.kernel_process import KernelProcess
+from code_sandboxes.network_info import NetworkAttempt
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
@@ -19,7 +20,11 @@ __all__ = ["Audience", "ContextSpec", "Record", "Variant"]
 
 @dataclass(frozen=True, slots=True)
 class ContextSpec:
-    """A context as whoever starts its kernel must know it, in this program or in another one."""
+    """A context as whoever starts its kernel must know it, in this program or in another one.
+
+    Args:
+        key: what messages to and from its kernels are signed with; None: each kernel has another one.
+    """
 
     id: str
     name: str
@@ -27,6 +32,7 @@ class ContextSpec:
     kernel_name: str
     cwd: str | None
     env: Mapping[str, str]
+    key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,11 @@ class Variant(ABC):
     @abstractmethod
     def capabilities(cls) -> Capabilities:
         """What it can do on this machine."""
+
+    @property
+    def own_capabilities(self) -> Capabilities:
+        """What this sandbox can do, as it was asked to be."""
+        return self.capabilities()
 
     @property
     @abstractmethod
@@ -174,6 +185,14 @@ class Variant(ABC):
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Let others know them; may block."""
         return
+
+    def network_log(self) -> list[NetworkAttempt]:
+        """What the sandbox tried to reach; may block.
+
+        Raises:
+            SandboxConfigurationError: nobody watches that.
+        """
+        raise self.refuse("tell what the sandbox tried to reach", "it has no network of its own")
 
     def delete_context(self, context_id: str) -> None:
         """Let others know that its kernel is gone for good; may block."""

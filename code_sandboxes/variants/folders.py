@@ -15,7 +15,7 @@ __all__ = ["check_length", "runtime_root"]
 _LONGEST_SOCKET_PATH = 103
 
 # A keeper's folder, and below it by number a sandbox's, a kernel's, and a channel's socket.
-_LONGEST_NAME = "k1-0000/00000/000000/s-5"
+_LONGEST_NAME = "k2-0000/00000/000000/s-5"
 
 _ADVICE = "set CODE_SANDBOXES_RUNTIME_DIR to a folder of yours"
 

@@ -27,7 +27,10 @@ from code_sandboxes.errors import (
     SandboxNotFoundError,
     SandboxNotStartedError,
 )
+from code_sandboxes.guest.init import PROXY
 from code_sandboxes.info import NO_SUBSHELLS, NO_SYSTEM_PACKAGES, Capabilities, Capability, SandboxVariant
+from code_sandboxes.isolation.bubblewrap import HOME, environment
+from code_sandboxes.isolation.plan import Method, Plan
 from code_sandboxes.keeper.client import (
     Answer,
     GoneError,
@@ -35,11 +38,14 @@ from code_sandboxes.keeper.client import (
     UnknownSandboxError,
     the_keeper,
 )
+from code_sandboxes.network_info import NetworkAttempt
 from code_sandboxes.transports.loop import the_loop
 from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant
 from code_sandboxes.variants.folders import check_length, runtime_root
+from code_sandboxes.variants.installations import NotEnclosableError, folders_of, is_visible
 from code_sandboxes.variants.kept_kernel import KeptKernel, Kernels
 from code_sandboxes.variants.kernelspecs import (
+    InstalledKernel,
     check_startable,
     command_of,
     installed_kernels,
@@ -47,19 +53,24 @@ from code_sandboxes.variants.kernelspecs import (
     kernels_speaking,
     known_languages,
     launch_environment,
+    takes_descriptors,
 )
+from code_sandboxes.variants.plans import describe, enforceable, plan_of, strongest, why_not
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
 __all__ = ["LocalJupyter"]
 
-_NEEDS_ISOLATION = "that takes isolation, and it has only a process of its own yet"
-_NO_GPU_CHOICE = "what GPUs the machine has are visible to the code"
-_UNENFORCED = (
-    ("memory_limit", "limit the memory"),
-    ("cpu_limit", "limit the CPUs"),
-)
+_NO_GPU_CHOICE = "its isolation hides the GPUs of the machine; with isolation='none' all are visible"
+
+# What most clients look at, in the case in which they do; code may of course not.
+_PROXY = f"http://{PROXY[0]}:{PROXY[1]}"
+_NOT_THROUGH_IT = "localhost,127.0.0.1,::1"
+_THROUGH_PROXY = {
+    **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), _PROXY),
+    **dict.fromkeys(("NO_PROXY", "no_proxy"), _NOT_THROUGH_IT),
+}
 
 
 class LocalJupyter(Variant):
@@ -76,17 +87,15 @@ class LocalJupyter(Variant):
         if not hasattr(os, "killpg"):
             raise self.refuse("run on this system", "it needs process groups; use Linux or macOS")
         check_str("kernel_name", options.get("kernel_name"))
-        self._refuse_what_is_not_enforced(config, options)
-        isolation = options.get("isolation") or "auto"
-        if isolation == "auto":
-            _warn_once()
-        elif isolation != "none":
-            raise self.refuse(f"isolate with {isolation!r}", "it knows only 'auto' and 'none' yet")
+        self._refuse_what_it_has_not(config, options)
         self._max_output = _bytes("max_output", options.get("max_output"), default=256 * 1024**2)
         self._keeper = _keeper()
         # It takes as long to start as the kernelspecs take to be found: it does so meanwhile.
         the_loop().run_blocking(self._keeper.start, lambda *_: None)
         self._kernel_name = kernel_named(options.get("kernel_name"))
+        self._plan = plan_of(config, options, self._startable().values(), self.refuse)
+        if self._plan.method == "none" and options.get("isolation") != "none":
+            _warn_once(why_not("bubblewrap"))
         self._sandbox_id = ""
         self._home = ""
         self._record: dict[str, Any] = {}
@@ -97,64 +106,37 @@ class LocalJupyter(Variant):
         self._is_over = False
         self._early = _Early()
 
-    def _refuse_what_is_not_enforced(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
-        for trait, what in _UNENFORCED:
-            if getattr(config, trait) is not None:
-                raise self.refuse(f"{what} ({trait}={getattr(config, trait)!r})", _NEEDS_ISOLATION)
-        for option in ("disk", "mounts", "pids"):
-            if options.get(option) is not None:
-                raise self.refuse(f"honour {option}={options[option]!r}", _NEEDS_ISOLATION)
+    def _refuse_what_it_has_not(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         if config.gpu is not None:
             raise self.refuse(f"choose a GPU (gpu={config.gpu!r})", _NO_GPU_CHOICE)
         if options.get("preload") is not None:
             raise self.refuse(f"preload {options['preload']!r}", "its kernels are started one by one yet")
-        if config.network_policy in ("none", "allowlist"):
-            raise self.refuse(
-                f"enforce network_policy={config.network_policy!r}",
-                f"{_NEEDS_ISOLATION}; 'inherit' and 'all' leave the network as it is",
-            )
         if config.environment is not None:
             raise self.refuse(
                 f"provide the environment {config.environment!r}",
                 "it runs what is installed on this machine; choose with kernel_name=",
             )
-        if config.working_dir is not None and not os.path.isdir(config.working_dir):
-            raise self.refuse(
-                f"start in working_dir={config.working_dir!r}", "there is no such directory on this machine"
-            )
 
     @classmethod
     def capabilities(cls) -> Capabilities:
-        yes, not_isolated = Capability(True), Capability(False, _NEEDS_ISOLATION)
-        not_yet = Capability(False, "it cannot do that yet")
-        return Capabilities(
-            languages=tuple(known_languages()),
-            contexts=yes,
-            own_process=yes,
-            environment=yes,
-            magics=yes,
-            interrupt_blocked=yes,
-            subshells=yes if _ipykernel() >= 7 else NO_SUBSHELLS,
-            system_packages=NO_SYSTEM_PACKAGES,
-            network_none=not_isolated,
-            network_allowlist=not_isolated,
-            memory_limit=not_isolated,
-            cpu_limit=not_isolated,
-            pids_limit=not_isolated,
-            disk_limit=not_isolated,
-            gpu=Capability(False, _NO_GPU_CHOICE),
-            mounts=not_isolated,
-            idle_timeout=yes,
-            snapshots=not_yet,
-            fork=not_yet,
-        )
+        return _capabilities(strongest())
+
+    @property
+    def own_capabilities(self) -> Capabilities:
+        return _capabilities(self._plan.method)
+
+    def _startable(self) -> Mapping[str, InstalledKernel]:
+        """The kernels that can be started, by name."""
+        return installed_kernels()
+
+    @property
+    def plan(self) -> Plan:
+        """How it is isolated."""
+        return self._plan
 
     @property
     def isolation(self) -> str:
-        return (
-            "none: a process of this user, in a home of its own; files and network are the machine's, and"
-            " a child that leaves its session (setsid) outlives it"
-        )
+        return describe(self._plan)
 
     @property
     def max_output(self) -> int:
@@ -192,6 +174,7 @@ class LocalJupyter(Variant):
                 "max_output": self._max_output,
             },
             "tags": dict(record.tags),
+            "plan": self._plan.as_json(),
             "idle_timeout": self.config.idle_timeout or None,
         }
         if record.time_left is not None:
@@ -266,7 +249,13 @@ class LocalJupyter(Variant):
         variant.config = config
         variant._kernel_name, variant._max_output = about["kernel_name"], about["max_output"]
         variant._sandbox_id, variant._home, variant._early = record.id, found["home"], early
-        variant._record = {"about": about, "tags": found["tags"], "idle_timeout": variant.config.idle_timeout}
+        variant._plan = Plan.from_json(found["plan"])
+        variant._record = {
+            "about": about,
+            "tags": found["tags"],
+            "plan": found["plan"],
+            "idle_timeout": variant.config.idle_timeout,
+        }
         if record.time_left is not None:
             variant._ends_at = time.monotonic() + record.time_left
             variant._why_it_ends = "its lifetime is over"
@@ -333,6 +322,14 @@ class LocalJupyter(Variant):
         self._ends_at, self._why_it_ends = time.monotonic() + seconds, why
         self._ask("lifetime", seconds=seconds, reason=why)
 
+    def network_log(self) -> list[NetworkAttempt]:
+        if self._plan.network == "all":
+            raise self.refuse(
+                "tell what the sandbox tried to reach",
+                "it uses the machine's network; with network_policy='none' or 'allowlist' it is watched",
+            )
+        return [NetworkAttempt(**attempt) for attempt in self._ask("network_log")["attempts"]]
+
     def delete_context(self, context_id: str) -> None:
         self._ask("delete_context", context=context_id)
 
@@ -373,19 +370,77 @@ class LocalJupyter(Variant):
         Raises:
             SandboxError: it cannot be started from here.
         """
-        kernel = installed_kernels().get(spec.kernel_name)
+        kernel = self._startable().get(spec.kernel_name)
         if kernel is None:
             raise SandboxConnectionError(f"there is no kernelspec {spec.kernel_name!r} for this program")
         command = command_of(kernel)
-        environment = {**_environment(self._home, command[0]), **self.config.env_vars, **spec.env}
+        if self._plan.method == "bubblewrap":
+            return self._how_to_start_enclosed(kernel, command, spec)
+        own = _environment(self._home, command[0], os.environ.get("PATH", os.defpath))
+        if self._plan.method == "landlock":
+            own |= _own_packages(self._home, own["PATH"])
+        variables = {**own, **self.config.env_vars, **spec.env}
         cwd = spec.cwd or self.config.working_dir
-        check_startable(kernel, command[0], environment["PATH"], cwd)
+        check_startable(kernel, command[0], variables["PATH"], cwd)
         return {
             "command": command,
-            "env": launch_environment(kernel, environment),
+            "env": launch_environment(kernel, variables),
             "cwd": cwd,
             "interrupt_mode": kernel.kernel_spec.interrupt_mode,
+            "by_descriptors": takes_descriptors(command),
         }
+
+    def _how_to_start_enclosed(
+        self, kernel: InstalledKernel, command: list[str], spec: ContextSpec
+    ) -> Mapping[str, object]:
+        try:
+            needed = folders_of(command, kernel.kernel_spec.resource_dir)
+        except NotEnclosableError as error:
+            raise SandboxConnectionError(f"the kernel {kernel.name!r} cannot be enclosed: {error}") from None
+        hidden = [folder for folder in needed if not is_visible(folder, self._plan.mounts)]
+        if hidden:
+            raise SandboxConnectionError(
+                f"the kernel {kernel.name!r} could not be started: the sandbox does not see {hidden[0]};"
+                " what is installed after a sandbox was made only a new one sees"
+            )
+        own = _environment(HOME, command[0], environment()["PATH"])
+        own |= _own_packages(HOME, own["PATH"])
+        own |= {} if self._plan.network == "all" else _THROUGH_PROXY
+        variables = {**own, **self.config.env_vars, **spec.env}
+        check_startable(kernel, command[0], os.environ.get("PATH", os.defpath), None)
+        return {
+            "command": command,
+            "env": launch_environment(kernel, variables),
+            "cwd": spec.cwd,
+            "interrupt_mode": kernel.kernel_spec.interrupt_mode,
+            "by_descriptors": takes_descriptors(command),
+        }
+
+
+def _capabilities(isolation: Method) -> Capabilities:
+    yes, not_yet = Capability(True), Capability(False, "it cannot do that yet")
+    enforced = {name: Capability(not why, why) for name, why in enforceable(isolation).items()}
+    return Capabilities(
+        languages=tuple(known_languages()),
+        contexts=yes,
+        own_process=yes,
+        environment=yes,
+        magics=yes,
+        interrupt_blocked=yes,
+        subshells=yes if _ipykernel() >= 7 else NO_SUBSHELLS,
+        system_packages=NO_SYSTEM_PACKAGES,
+        network_none=enforced["network_none"],
+        network_allowlist=enforced["network_allowlist"],
+        memory_limit=enforced["memory"],
+        cpu_limit=enforced["cpu"],
+        pids_limit=enforced["pids"],
+        disk_limit=enforced["disk"],
+        gpu=Capability(False, _NO_GPU_CHOICE),
+        mounts=enforced["mounts"],
+        idle_timeout=yes,
+        snapshots=not_yet,
+        fork=not_yet,
+    )
 
 
 @cache
@@ -436,14 +491,18 @@ def _record_of(description: Mapping[str, Any]) -> Record:
     )
 
 
-def _environment(home: str, executable: str) -> dict[str, str]:
+def _environment(home: str, executable: str, path: str) -> dict[str, str]:
     """Not the program's own: what it takes to run, and a home in the sandbox."""
     kept = {name: value for name, value in os.environ.items() if name in ("LANG", "TZ")}
     kept |= {name: value for name, value in os.environ.items() if name.startswith("LC_")}
-    path = os.environ.get("PATH", os.defpath)
     if os.path.isabs(executable):
         path = f"{os.path.dirname(executable)}{os.pathsep}{path}"
     return kept | {"PATH": path, "HOME": home}
+
+
+def _own_packages(home: str, path: str) -> dict[str, str]:
+    """So that packages can be installed, and what they bring be run, where the installation cannot change."""
+    return {"CODE_SANDBOXES_PACKAGES": f"{home}/.local", "PATH": f"{home}/.local/bin{os.pathsep}{path}"}
 
 
 def _bytes(name: str, value: object, *, default: int) -> int:
@@ -455,10 +514,11 @@ def _bytes(name: str, value: object, *, default: int) -> int:
 
 
 @cache
-def _warn_once() -> None:
+def _warn_once(why: str) -> None:
     warnings.warn(
         "local-jupyter has no isolation on this machine but a process of its own: code in it can read and"
-        " change what this user can, and reach the network (isolation='none' says that this is intended)",
+        " change what this user can, and reach the network (isolation='none' says that this is intended);"
+        f" bubblewrap would isolate it: {why}",
         SandboxIsolationWarning,
         stacklevel=_frames_of_this_package() + 1,
     )

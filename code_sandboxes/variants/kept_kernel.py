@@ -95,12 +95,13 @@ class KeptKernel:
             "message" if handed_out["interrupt_mode"] == "message" else "signal"
         )
         self._is_fresh: bool = handed_out["fresh"]
-        device, inode = handed_out["journal"]
-        self._journal = f"{handed_out['folder']}/journal", (device, inode)
+        path, device, inode = handed_out["journal"]
+        self._journal = path, (device, inode)
         self._ended: Callable[[], None] = _nothing
         self._exit_code: int | None = None
         self._output = ""
         self._why_lost = ""
+        self._why_ended = ""
         self._has_turn = self._is_fresh
         self._is_running = False  # a run of ours is on, as far as turns are concerned
         self._turn_wanted = False
@@ -111,12 +112,21 @@ class KeptKernel:
         return ZmqTransport(loop, self._connection, identity, receive, max_message)
 
     @property
+    def connection(self) -> ConnectionInfo:
+        """Where it listens."""
+        return self._connection
+
+    @property
     def interrupt_mode(self) -> Literal["signal", "message"]:
         return self._interrupt_mode
 
     @property
     def is_fresh(self) -> bool:
         return self._is_fresh
+
+    @property
+    def why_ended(self) -> str:
+        return self._why_ended
 
     @property
     def why_lost(self) -> str:
@@ -132,6 +142,7 @@ class KeptKernel:
             self._why_lost = _KEEPER_GONE
         else:
             self._exit_code, self._output = event["exit_code"], event["output"]
+            self._why_ended = event["why"]
         self._ended()
 
     def exit_code(self) -> int | None:

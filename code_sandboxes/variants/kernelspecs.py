@@ -10,8 +10,9 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -19,10 +20,12 @@ from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionEr
 
 if TYPE_CHECKING:
     from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 
 __all__ = [
     "IPYKERNEL_ARGUMENTS",
     "LAUNCH",
+    "PROVISIONER",
     "InstalledKernel",
     "check_startable",
     "command_of",
@@ -31,6 +34,7 @@ __all__ = [
     "kernels_speaking",
     "known_languages",
     "launch_environment",
+    "takes_descriptors",
 ]
 
 _log = logging.getLogger(__name__)
@@ -39,6 +43,9 @@ T = TypeVar("T")
 
 LAUNCH = str(Path(__file__).parent.parent / "guest" / "launch.py")
 IPYKERNEL_ARGUMENTS = ("--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0")
+
+PROVISIONER = "code-sandboxes"
+"""The name of :class:`code_sandboxes.provisioner.SandboxProvisioner` in a kernelspec (pyproject.toml)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +126,11 @@ def command_of(spec: InstalledKernel) -> list[str]:
     return command
 
 
+def takes_descriptors(command: Sequence[str]) -> bool:
+    """Does :data:`LAUNCH` start it, so that it can be given sockets that listen already?"""
+    return command[1:2] == [LAUNCH] and ("-f", "{connection_file}") in pairwise(command)
+
+
 def check_startable(spec: InstalledKernel, program: str, path: str, cwd: str | None) -> None:
     """Say it better than the system would."""
     if shutil.which(program, path=path) is None:
@@ -162,9 +174,13 @@ async def _prepare(spec: InstalledKernel, environment: dict[str, str]) -> dict[s
     from jupyter_client.provisioning.factory import KernelProvisionerFactory
     from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
-    provisioner = KernelProvisionerFactory.instance().create_provisioner_instance(
-        secrets.token_hex(8), spec.kernel_spec, parent=None
-    )
+    factory, number = KernelProvisionerFactory.instance(), secrets.token_hex(8)
+    wanted = spec.kernel_spec.metadata.get("kernel_provisioner", {}).get("provisioner_name")
+    provisioner: KernelProvisionerBase
+    if (wanted or factory.default_provisioner_name) == PROVISIONER:  # here it is sandboxed in any case
+        provisioner = LocalProvisioner(kernel_id=number, kernel_spec=spec.kernel_spec)
+    else:
+        provisioner = factory.create_provisioner_instance(number, spec.kernel_spec, parent=None)
     if not isinstance(provisioner, LocalProvisioner):
         raise SandboxConfigurationError(
             f"local-jupyter cannot run the kernelspec {spec.name!r}:"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import given, strategies as st
 
+from code_sandboxes.protocol import outputs as outputs_module
 from code_sandboxes.protocol.events import Cleared, Displayed, Event, Streamed, Updated
 from code_sandboxes.protocol.outputs import HOLD, Displays, LineSplitter, Outputs
 from code_sandboxes.results import OutputMessage, Printed, Result
@@ -153,7 +154,8 @@ def test_what_is_held_is_shown_before_a_display(event: Event) -> None:
 
 
 def test_an_update_replaces_every_display_of_its_id_in_place() -> None:
-    fed = outputs(shown("1", "d"), shown("2"), shown("3", "d"), shown("4", "e"), updated("new", "d"))
+    displays = shown("1", "d"), shown("2"), shown("3", "d"), shown("4", "e")
+    fed = outputs(*displays, updated("new", "d"), limit=10_000)
     assert texts(fed.results) == ["new", "2", "new", "4"]
 
 
@@ -238,7 +240,7 @@ def test_a_clear_that_waits_clears_once() -> None:
 
 def test_below_the_limit_everything_is_kept() -> None:
     fed = outputs(
-        *[out("123456789\n")] * 50, shown("x" * 200), *[err("y" * 99 + "\n")] * 3, limit=LIMIT + 128
+        *[out("123456789\n")] * 50, shown("x" * 200), *[err("y" * 99 + "\n")] * 3, limit=LIMIT + 1000
     )
     assert kept(fed) == "123456789\n" * 50
     assert kept(fed, error=True) == ("y" * 99 + "\n") * 3
@@ -373,3 +375,25 @@ def test_what_is_kept_is_a_head_and_a_tail_within_the_limit(chunks: list[str], l
         text.startswith(whole[:length]) and text.endswith(whole[length:]) for length in range(len(whole) + 1)
     )
     assert fed.truncated is (whole != text)
+
+
+def test_ids_that_are_not_shown_any_more_are_forgotten() -> None:
+    displays = Displays()
+    fed = Outputs(displays, 100_000)
+    for number in range(5000):
+        fed.feed(shown("x", f"id {number}"), 0.0, 0.0)
+
+    assert len(displays) < 1000
+    fed.feed(updated("new", "id 4999"), 0.0, 0.0)
+    assert texts(fed.results)[-1] == "new"
+
+
+def test_pieces_of_one_character_take_no_more_memory_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs_module, "_FREE_PIECES", 1000)  # the same as with more
+    fed = Outputs(Displays(), 100_000)
+    for number in range(20_000):
+        fed.feed(Streamed("x\n", error=number % 2 == 1), 0.0, 0.0)
+
+    logs = fed.logs()
+    assert len(logs.stdout) + len(logs.stderr) < 2000
+    assert fed.truncated

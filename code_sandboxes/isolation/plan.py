@@ -1,0 +1,99 @@
+"""What a sandbox is allowed on this machine: values, which travel to the keeper as JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+__all__ = ["ISOLATIONS", "Bounds", "Method", "Mount", "Network", "Plan"]
+
+Method = Literal["bubblewrap", "landlock", "none"]
+
+Network = Literal["all", "none", "allowlist"]
+
+ISOLATIONS = ("auto", "bubblewrap", "landlock", "none")
+"""What ``isolation=`` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A file or folder of this machine that the sandbox sees.
+
+    Args:
+        source: its path on this machine, absolute.
+        target: its path in the sandbox, absolute.
+        identity: its device and number when it was chosen (stat(2)), as something else may be at its path
+            later; None where that does not matter.
+    """
+
+    source: str
+    target: str
+    writable: bool = False
+    identity: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, source: str, target: str, *, writable: bool = False) -> Mount:
+        """What is at *source* now.
+
+        Raises:
+            OSError: nothing is.
+        """
+        status = os.stat(source)
+        return cls(source, target, writable, (status.st_dev, status.st_ino))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Mount:
+        return cls(**{**value, "identity": value["identity"] and tuple(value["identity"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much there is for all kernels of a sandbox together; None where nothing is enforced.
+
+    Args:
+        memory: bytes, of processes and of files that lie in memory.
+        cpu: number of CPUs.
+        pids: processes and threads.
+        disk: bytes of everything that can be written.
+    """
+
+    memory: int | None = None
+    cpu: float | None = None
+    pids: int | None = None
+    disk: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a sandbox is isolated.
+
+    Args:
+        network: ``"all"``: the machine's; ``"none"`` and ``"allowlist"``: one of its own with a loopback, in
+            which *allowed_hosts* can be reached, through a proxy.
+        working_dir: where code starts, a path in the sandbox.
+        user: who the code is, without an enclosure; -1 for the keeper's own.
+    """
+
+    method: Method
+    mounts: tuple[Mount, ...] = ()
+    bounds: Bounds = field(default_factory=Bounds)
+    network: Network = "all"
+    allowed_hosts: tuple[str, ...] = ()
+    working_dir: str = "/workspace"
+    user: int = -1
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        return cls(
+            **{
+                **value,
+                "mounts": tuple(Mount.from_json(mount) for mount in value["mounts"]),
+                "bounds": Bounds(**value["bounds"]),
+                "allowed_hosts": tuple(value["allowed_hosts"]),
+            }
+        )
