@@ -13,6 +13,7 @@ from benchmarks.contestant import ContestantError
 from benchmarks.egress import measure_egress
 from benchmarks.files import measure_busy, measure_files
 from benchmarks.imports import measure_imports
+from benchmarks.isolation import measure_isolation
 from benchmarks.life import measure_fresh_program, measure_life
 from benchmarks.output import measure_latency, measure_throughput
 from benchmarks.peer_environment import PEER, PeerMissingError, start_peer
@@ -30,6 +31,7 @@ _SECTIONS: dict[str, Callable[[Scale, bool], None]] = {
     "throughput": lambda scale, _: measure_throughput(scale),
     "files": lambda scale, peer: measure_files(scale, peer=peer),
     "busy": lambda scale, _: measure_busy(scale),
+    "isolation": lambda scale, _: measure_isolation(scale),
     "egress": lambda scale, _: measure_egress(scale),
 }
 

@@ -19,9 +19,12 @@ class Ours:
     def __init__(self) -> None:
         self._sandbox: Sandbox | None = None
 
-    def create(self, variant: str = "local-jupyter") -> list[float]:
+    def create(
+        self, variant: str = "local-jupyter", isolation: str = "none", network: str = "inherit"
+    ) -> list[float]:
         """Seconds from ``create()`` to its first result."""
-        options: dict[str, Any] = {"isolation": "none"} if variant == "local-jupyter" else {}
+        isolated = {"isolation": isolation, "network_policy": network}
+        options: dict[str, Any] = isolated if variant == "local-jupyter" else {}
         began = time.perf_counter()
         self._sandbox = Sandbox.create(variant=variant, timeout=0, **options)
         self._check(self._sandbox.run_code("1+1"))

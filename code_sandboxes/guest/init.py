@@ -120,7 +120,7 @@ class Init:
         failure = self.hear(read)
         if failure is None:
             os.kill(pid, signal.SIGKILL)
-            failure = json.dumps([errno.ETIMEDOUT, document["argv"][0]]).encode()
+            failure = json.dumps([errno.ETIME, document["argv"][0]]).encode()
         if failure:
             os.waitpid(pid, 0)
             code, path = json.loads(failure)
@@ -331,7 +331,7 @@ def main(descriptor: int) -> None:
         init.limits = config["limits"]
         listener = configure(config, confine)
     except OSError as error:
-        send(control, {"unfit": str(error)})
+        send(control, {"unfit": str(error) if error.filename else error.strerror})
         return
     if listener is None:
         send(control, {"ready": True})

@@ -413,6 +413,19 @@ def report_crashes() -> None:
     faulthandler.enable(os.dup(2))
 
 
+def run_without_terminals() -> None:
+    """Let ``!command`` work where no pseudo-terminal is to be had, as under Landlock."""
+    try:
+        for fd in os.openpty():
+            os.close(fd)
+    except OSError:
+        from ipykernel import zmqshell
+
+        shell: Any = getattr(zmqshell, "ZMQInteractiveShell", None)
+        if hasattr(shell, "system_raw"):
+            shell.system = shell.system_raw
+
+
 def use_own_packages() -> None:
     """Where the installation cannot be changed, let packages be installed elsewhere, and be found there.
 
@@ -445,6 +458,7 @@ def main() -> None:
     publish_before_exit()
     kernelapp = import_kernelapp()
     exit_like_python()
+    run_without_terminals()
     keep_json()
     survive_interrupts(kernelapp.IPKernelApp)
     from ipykernel import kernelbase

@@ -1,0 +1,34 @@
+"""What isolation has to be there for these tests; where it is not, they are skipped, or fail where they must not."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from code_sandboxes.isolation.plan import Method
+from code_sandboxes.variants.plans import enforceable, why_not
+
+__all__ = ["REQUIRED", "needs_isolation", "needs_limit", "not_here"]
+
+REQUIRED = "CODE_SANDBOXES_REQUIRE_ISOLATION"
+"""The environment variable that says that nothing may be missing."""
+
+
+def not_here(reason: str) -> None:
+    """The present test cannot run on this machine."""
+    if os.environ.get(REQUIRED) == "1":
+        pytest.fail(f"{reason} (and {REQUIRED} is 1)")
+    pytest.skip(reason)
+
+
+def needs_isolation(method: Method) -> None:
+    if reason := why_not(method):
+        not_here(f"no {method}: {reason}")
+
+
+def needs_limit(what: str) -> None:
+    """Skip where bubblewrap cannot limit *what*, which is all the same with a requirement: it takes cgroups."""
+    needs_isolation("bubblewrap")
+    if reason := enforceable("bubblewrap")[what]:
+        pytest.skip(f"no limit of {what}: {reason}")
