@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import nbformat
 import pytest
@@ -39,7 +39,7 @@ from code_sandboxes.__main__ import main
 from code_sandboxes.isolation.plan import Mount, Plan
 from code_sandboxes.isolation.probe import probe
 from code_sandboxes.provisioner import SandboxProvisioner
-from code_sandboxes.variants.plans import seen_as
+from code_sandboxes.variants.plans import seen_as, why_not
 from conftest import BUSY, processes_of, sandbox_folders, wait_until
 
 T = TypeVar("T")
@@ -327,11 +327,15 @@ class OnServer:
 
     def close(self) -> None:
         self._server.ask("DELETE", f"/api/kernels/{self.id}")
-        if self._read is not None:
-            self._read.cancel()
-        self._socket.close()
-        # The connection is closed in callbacks, which want to be called.
-        self._loop.run_until_complete(asyncio.sleep(0))
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        async def hang_up() -> None:
+            self._socket.close()
+            while await self._reading() is not None:
+                self._read = None
+
+        self._loop.run_until_complete(hang_up())
         self._loop.close()
 
 
@@ -342,10 +346,10 @@ SECRET = "the server's own"
 def server(runtime_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose kernels are named "sandboxed", and have no network and little memory."""
     folder = tmp_path_factory.mktemp("server")
-    spec = {"argv": ARGV, "display_name": "Sandboxed", "language": "python", "metadata": metadata(LIMITED)}
-    kernels = folder / "share" / "kernels" / "sandboxed"
-    kernels.mkdir(parents=True)
-    (kernels / "kernel.json").write_text(json.dumps(spec))
+    for name, settings in {"sandboxed": LIMITED, "impossible": {"memory": 1}}.items():
+        spec = {"argv": ARGV, "display_name": name, "language": "python", "metadata": metadata(settings)}
+        (folder / "share" / "kernels" / name).mkdir(parents=True)
+        (folder / "share" / "kernels" / name / "kernel.json").write_text(json.dumps(spec))
     server = Server(folder, {"JUPYTER_PATH": str(folder / "share"), "SECRET": SECRET})
     yield server
     server.end()
@@ -493,7 +497,7 @@ def test_a_server_that_is_killed_leaves_nothing(tmp_path: Path, install_sandboxe
     name = install_sandboxed()
     folder = Path(tempfile.mkdtemp(prefix="cs"))
     server = Server(tmp_path, {"CODE_SANDBOXES_RUNTIME_DIR": str(folder)})
-    OnServer(server, name)._socket.close()
+    OnServer(server, name).hang_up()
     assert len(sandbox_folders(folder)) == 1
     assert processes_of(folder)
 
@@ -502,6 +506,52 @@ def test_a_server_that_is_killed_leaves_nothing(tmp_path: Path, install_sandboxe
     wait_until(lambda: not processes_of(folder))
     assert [path.name for path in folder.iterdir()] == ["keeper.log"]
     shutil.rmtree(folder)
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+def test_a_server_is_told_why_a_kernel_cannot_be_started(server: Server) -> None:
+    with pytest.raises(urllib.error.HTTPError) as failure:
+        server.ask("POST", "/api/kernels", {"name": "impossible"})
+
+    assert "memory_limit must be a whole number" in failure.value.read().decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", ["landlock", "none"])
+def test_less_than_bubblewrap_is_had_by_who_asks_for_it(
+    isolation: Literal["landlock", "none"], install_sandboxed: InstallSandboxed, tmp_path: Path
+) -> None:
+    if why_not(isolation):
+        pytest.skip(f"no {isolation}: {why_not(isolation)}")
+    tool = Blocking(install_sandboxed(isolation=isolation), cwd=str(tmp_path))
+
+    assert (run(tool, "import os; print(os.getcwd())") == f"{tmp_path}\n") == (isolation == "none")
+    tool.restart()
+    tool.wait_until_ready()
+    assert run(tool, "print(6 * 7)") == "42\n"
+    tool.close()
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+def test_a_start_and_an_end_hold_up_no_event_loop(install_sandboxed: InstallSandboxed) -> None:
+    async def longest_pause(during: Awaitable[object]) -> float:
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(during)
+        longest, before = 0.0, loop.time()
+        while not task.done():
+            await asyncio.sleep(0.001)
+            longest, before = max(longest, loop.time() - before), loop.time()
+        await task
+        return longest
+
+    async def pauses() -> list[float]:
+        provisioner = sandboxed()
+        launching = provisioner.launch_kernel(**await provisioner.pre_launch())
+        return [await longest_pause(launching), await longest_pause(provisioner.cleanup())]
+
+    # Each takes longer than that; threads share one interpreter, and the machine is shared, too.
+    assert max(asyncio.run(pauses())) < 0.05
 
 
 # Another process takes over

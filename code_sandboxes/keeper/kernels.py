@@ -103,6 +103,15 @@ class HostedKernel:
     def exit_code(self) -> int | None:
         return self._leader.exit_code()
 
+    def why_ended(self) -> str:
+        """More than its exit code says: the end of a sentence; empty if there is no more."""
+        return self._leader.why_ended()
+
+    @property
+    def leaves_nothing(self) -> bool:
+        """Whatever it started has ended, too."""
+        return self._leader.leaves_nothing
+
     def output(self) -> str:
         """The latest of what it wrote to its standard error."""
         return b"".join(self._said)[-_KEPT_STDERR:].decode("utf-8", "replace")

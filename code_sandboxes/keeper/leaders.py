@@ -28,6 +28,13 @@ class Leader(Protocol):
     def exit_code(self) -> int | None:
         """As in :mod:`subprocess`; None, too, where nobody knows."""
 
+    def why_ended(self) -> str:
+        """More than its exit code says: the end of a sentence; empty if there is no more."""
+
+    @property
+    def leaves_nothing(self) -> bool:
+        """Whatever it started has ended, too."""
+
     def abort(self) -> None:
         """End it at once, as it could not be watched."""
 
@@ -58,6 +65,13 @@ class ChildLeader:
     def exit_code(self) -> int | None:
         return self._process.returncode
 
+    def why_ended(self) -> str:
+        return ""
+
+    @property
+    def leaves_nothing(self) -> bool:
+        return False
+
     def abort(self) -> None:
         self.signal(signal.SIGKILL)
         self._process.wait()
@@ -87,6 +101,7 @@ class EnclosedLeader:
     def __init__(self, enclosure: Enclosure, kernel: EnclosedKernel) -> None:
         self._enclosure = enclosure
         self._kernel = kernel
+        self._memory_used_up = enclosure.out_of_memory_kills()
 
     def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
         self._kernel.watch(ended)
@@ -96,6 +111,21 @@ class EnclosedLeader:
 
     def exit_code(self) -> int | None:
         return self._kernel.status
+
+    def why_ended(self) -> str:
+        if self._kernel.status not in (None, -signal.SIGKILL):
+            return ""
+        reasons = []
+        if self._enclosure.out_of_memory_kills() > self._memory_used_up:
+            memory = (self._enclosure.plan.bounds.memory or 0) / 1024**2
+            reasons.append(f"the sandbox used up its memory of {memory:g} MiB")
+        if self._kernel.status is None:
+            reasons.append("the whole sandbox was ended, and its files with it")
+        return "; ".join(reasons)
+
+    @property
+    def leaves_nothing(self) -> bool:
+        return self._enclosure.is_over
 
     def abort(self) -> None:
         self._enclosure.kill()

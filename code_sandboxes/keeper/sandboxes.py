@@ -7,38 +7,22 @@ it on as it was given.
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from code_sandboxes.isolation.egress import Service, the_egress
-from code_sandboxes.isolation.enclosure import Enclosure, EnclosureError
-from code_sandboxes.isolation.hosts import AllowedHosts
-from code_sandboxes.isolation.network_log import NetworkLog
 from code_sandboxes.isolation.plan import Plan
-from code_sandboxes.keeper.kernels import (
-    HostedKernel,
-    Observer,
-    descriptors_left,
-    start_confined,
-    start_enclosed,
-    start_kernel,
-)
+from code_sandboxes.keeper.kernels import HostedKernel, Observer, descriptors_left
 from code_sandboxes.keeper.leftovers import Leftovers
+from code_sandboxes.keeper.quarters import Quarters
 from code_sandboxes.reaper import Reaper, remove_tree
 from code_sandboxes.transports.loop import Loop, Timer
 
-__all__ = ["CGROUPS", "Host", "KeptSandbox", "Program", "RefusedError", "Reply"]
+__all__ = ["Host", "KeptSandbox", "Program", "RefusedError", "Reply"]
 
 _log = logging.getLogger(__name__)
-
-CGROUPS = "cgroups"
-"""The file in a sandbox's folder that names those of its enclosure, one a line."""
 
 # What a kernel takes, and what must never be missing.
 _SPARE_DESCRIPTORS = 40
@@ -152,13 +136,9 @@ class _Turn:
 class _Kept:
     """A running kernel of a context, and who uses it."""
 
-    def __init__(
-        self, sandbox_id: str, number: int, kernel: HostedKernel, enclosure: Enclosure | None
-    ) -> None:
+    def __init__(self, sandbox_id: str, number: int, kernel: HostedKernel) -> None:
         self.number = number
         self.kernel = kernel
-        self.enclosure = enclosure
-        self.memory_used_up = 0 if enclosure is None else enclosure.out_of_memory_kills()
         self.turn = _Turn(sandbox_id, number)
         self.users: set[Program] = set()
         self.observer: Observer | None = None
@@ -199,10 +179,8 @@ class KeptSandbox:
         self._loop = host.loop
         self._about = record["about"]
         self._folder = folder
-        self._plan = Plan.from_json(record["plan"])
-        self._enclosure: Enclosure | None = None
-        self._proxy: Service | None = None
-        self._network_log = NetworkLog()
+        folder.mkdir(mode=0o700)
+        self._quarters = Quarters(host, Plan.from_json(record["plan"]), folder, self._check_end)
         self._programs: set[Program] = set()
         self._contexts: dict[str, _Context] = {}
         self._deleted: set[str] = set()
@@ -220,76 +198,11 @@ class KeptSandbox:
         self._asked: set[_Kept] = set()  # whether they are idle
         self._asked_at = 0.0
         self._end_timer: Timer | None = None
-        (folder / "home").mkdir(mode=0o700, parents=True)
-        folder.chmod(0o700)
         if record.get("lifetime") is not None:
             self._expire_in(record["lifetime"], record["reason"])
         if self._idle_timeout is not None:
             self._look_whether_idle()
-        if self._plan.method == "bubblewrap":  # while the program is busy with other things
-            self._launching += 1
-            self._loop.run_blocking(self._enclosed, self._made)
-
-    # Where it is.
-
-    def _enclosed(self) -> Enclosure:
-        """Its enclosure, which is made if there is none; in the worker thread.
-
-        Raises:
-            EnclosureError: it cannot be made.
-        """
-        if self.is_ending:
-            raise EnclosureError("the sandbox ends")
-        if self._enclosure is None or self._enclosure.is_over:
-            name = f"{os.getpid()}-{self._folder.parent.name}-{self._host.next_number()}"
-            cgroups = Enclosure.cgroups_of(name, self._plan)
-            # First, so that they go even if this process is killed as it makes them.
-            (self._folder / CGROUPS).write_text("".join(f"{path}\n" for path in cgroups))
-            self._host.reaper.guard_cgroups(cgroups)
-            enclosure = self._enclosure = Enclosure.make(self._loop, self._plan, name)
-            self._host.reaper.guard_group(enclosure.pid)
-            self._loop.call_soon(lambda: self._use(enclosure))
-        return self._enclosure
-
-    def _use(self, enclosure: Enclosure) -> None:
-        enclosure.watch(lambda: self._enclosure_over(enclosure))
-        listener, enclosure.proxy_listener = enclosure.proxy_listener, None
-        if listener is not None:
-            allowed, log = AllowedHosts(self._plan.allowed_hosts), self._network_log
-            self._loop.run_blocking(
-                lambda: the_egress().serve(listener, allowed, log),  # it may have to be imported
-                lambda proxy, error: self._proxy_began(enclosure, proxy, error),
-                apart=True,
-            )
-
-    def _proxy_began(self, enclosure: Enclosure, proxy: Service | None, error: Exception | None) -> None:
-        if proxy is None:  # there is no way out then
-            _log.error("%s has no proxy: %s", self.id, error)
-        elif enclosure.is_over:
-            proxy.close()
-        else:
-            self._proxy = proxy
-
-    def _made(self, _: Enclosure | None, error: Exception | None) -> None:
-        self._launching -= 1
-        if error is not None:  # whoever wants to start a kernel will be told
-            _log.error("%s has no enclosure: %s", self.id, error)
-        self._check_end()
-
-    def _enclosure_over(self, enclosure: Enclosure) -> None:
-        self._launching += 1
-        if self._proxy is not None:
-            self._proxy.close()
-            self._proxy = None
-
-        def removed(_: object, error: Exception | None) -> None:
-            self._launching -= 1
-            _log_failure(_, error)
-            self._host.reaper.release_group(enclosure.pid)
-            self._host.reaper.release_cgroups(enclosure.cgroups)
-            self._check_end()
-
-        self._loop.run_blocking(enclosure.remove, removed, apart=True)
+        self._quarters.prepare()  # while the program is busy with other things
 
     # What it is.
 
@@ -303,10 +216,10 @@ class KeptSandbox:
             "sandbox": self.id,
             "about": self._about,
             "tags": self.tags,
-            "plan": self._plan.as_json(),
+            "plan": self._quarters.plan.as_json(),
             "time_left": left,
             "contexts": [context.about for context in self._contexts.values()],
-            "home": str(self._folder / "home"),
+            "home": str(self._quarters.home),
             "programs": len(self._programs),
             "detached": self._detached,
             "kernels": len(self._running),
@@ -314,7 +227,7 @@ class KeptSandbox:
 
     def network_log(self) -> list[dict[str, object]]:
         """What was tried to reach, as far as a proxy was asked."""
-        return [asdict(attempt) for attempt in self._network_log.attempts()]
+        return self._quarters.network_log()
 
     def set_tags(self, program: Program, tags: dict[str, str]) -> None:
         self.tags = tags
@@ -405,23 +318,13 @@ class KeptSandbox:
 
     def _start(self, context: _Context, launch: Mapping[str, Any]) -> None:
         number = self._host.next_number()
-        home, folder = self._folder / "home", self._folder / str(number)
         launch = {**launch, "key": context.about.get("key")}
 
         def start() -> HostedKernel:
             # What was there before, code may have removed or closed since.
             self._folder.mkdir(mode=0o700, exist_ok=True)
             self._folder.chmod(0o700)
-            home.mkdir(mode=0o700, exist_ok=True)
-            try:
-                if self._plan.method == "bubblewrap":
-                    return start_enclosed(self._enclosed(), number, folder, launch)
-                if self._plan.method == "landlock":
-                    return start_confined(folder, launch, home, self._host.reaper, self._plan)
-                return start_kernel(folder, launch, home, self._host.reaper)
-            except BaseException:
-                remove_tree(str(folder))
-                raise
+            return self._quarters.start(number, launch)
 
         context.is_launching = True
         self._launching += 1
@@ -440,7 +343,7 @@ class KeptSandbox:
                 reply({"error": {"kind": "connection", "text": why}})
             self._check_end()
             return
-        context.kept = kept = self._running[number] = _Kept(self.id, number, kernel, self._enclosure)
+        context.kept = kept = self._running[number] = _Kept(self.id, number, kernel)
         self._has_begun = True
         self._touch()
         why_not = ""
@@ -484,7 +387,7 @@ class KeptSandbox:
 
     def _process_ended(self, context: _Context, kept: _Kept) -> None:
         """A kernel's end is the end of all that it started."""
-        if self._enclosure is not None and self._enclosure.is_over:
+        if kept.kernel.leaves_nothing:
             self._kernel_ended(context, kept)
         else:
             self._host.leftovers.end(kept.kernel.folder, lambda: self._kernel_ended(context, kept))
@@ -502,7 +405,7 @@ class KeptSandbox:
             "kernel": kept.number,
             "exit_code": kept.kernel.exit_code(),
             "output": kept.kernel.output(),
-            "why": self._why_it_ended(kept),
+            "why": kept.kernel.why_ended(),
         }
         for program in list(kept.users):
             program.tell(event)
@@ -512,18 +415,6 @@ class KeptSandbox:
         self._touch()
         self._answered(kept)
         self._check_end()
-
-    def _why_it_ended(self, kept: _Kept) -> str:
-        """More than its exit status says: the end of a sentence; empty if there is no more."""
-        if kept.enclosure is None or kept.kernel.exit_code() not in (None, -signal.SIGKILL):
-            return ""
-        reasons = []
-        if kept.enclosure.out_of_memory_kills() > kept.memory_used_up:
-            memory = (self._plan.bounds.memory or 0) / 1024**2
-            reasons.append(f"the sandbox used up its memory of {memory:g} MiB")
-        if kept.kernel.exit_code() is None:
-            reasons.append("the whole sandbox was ended, and its files with it")
-        return "; ".join(reasons)
 
     def release(self, program: Program, number: int) -> None:
         """*program* has no more use for what is left of a kernel that has ended."""
@@ -672,8 +563,8 @@ class KeptSandbox:
             _SIGNALS["terminate" if orderly else "kill"](kept.kernel)
         if orderly:
             self._loop.call_later(_FAREWELL, lambda: self.end(why, orderly=False))
-        elif self._enclosure is not None:
-            self._enclosure.kill()
+        else:
+            self._quarters.end()
         self._check_end()
 
     def when_ended(self, reply: Reply) -> None:
@@ -682,16 +573,16 @@ class KeptSandbox:
     def _check_end(self) -> None:
         if not self.is_ending or self._running or self._launching or self._removing:
             return
-        if self._enclosure is not None and not self._enclosure.is_over:
-            self._enclosure.kill()  # which is told, and then it is removed
-        else:
-            self._removing = True
-            for kept in self._ended.values():
-                kept.kernel.close()
-            self._ended.clear()
-            self._loop.run_blocking(
-                lambda: remove_tree(str(self._folder)), lambda _, error: self._removed(error), apart=True
-            )
+        if not self._quarters.are_empty:
+            self._quarters.end()  # and this comes again
+            return
+        self._removing = True
+        for kept in self._ended.values():
+            kept.kernel.close()
+        self._ended.clear()
+        self._loop.run_blocking(
+            lambda: remove_tree(str(self._folder)), lambda _, error: self._removed(error), apart=True
+        )
 
     def _removed(self, error: Exception | None) -> None:
         answer: dict[str, object] = {}

@@ -1,0 +1,156 @@
+"""Where the kernels of one sandbox are: on this machine as they are, confined, or in an enclosure."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from code_sandboxes.isolation.egress import Service, the_egress
+from code_sandboxes.isolation.enclosure import Enclosure, EnclosureError
+from code_sandboxes.isolation.hosts import AllowedHosts
+from code_sandboxes.isolation.network_log import NetworkLog
+from code_sandboxes.isolation.plan import Plan
+from code_sandboxes.keeper.kernels import HostedKernel, start_confined, start_enclosed, start_kernel
+from code_sandboxes.reaper import Reaper, remove_tree
+from code_sandboxes.transports.loop import Loop
+
+__all__ = ["CGROUPS", "Quarters"]
+
+_log = logging.getLogger(__name__)
+
+CGROUPS = "cgroups"
+"""The file in a sandbox's folder that names those of its enclosure, one a line."""
+
+
+class _Host(Protocol):
+    loop: Loop
+    reaper: Reaper
+
+    def next_number(self) -> int: ...
+
+
+class Quarters:
+    """An enclosure is made when it is first needed, and again if it has ended; in the I/O thread.
+
+    Args:
+        folder: the sandbox's.
+        emptied: called when something that was here has gone.
+    """
+
+    def __init__(self, host: _Host, plan: Plan, folder: Path, emptied: Callable[[], None]) -> None:
+        self.plan = plan
+        self.home = folder / "home"
+        self._host = host
+        self._folder = folder
+        self._emptied = emptied
+        self._enclosure: Enclosure | None = None
+        self._proxy: Service | None = None
+        self._log = NetworkLog()
+        self._under_way = 0
+        self._is_ending = False
+        self.home.mkdir(mode=0o700)
+
+    @property
+    def are_empty(self) -> bool:
+        """There is nothing, and nothing will come."""
+        return not self._under_way and (self._enclosure is None or self._enclosure.is_over)
+
+    def prepare(self) -> None:
+        """Begin to make what there has to be before a kernel can start."""
+        if self.plan.method == "bubblewrap":
+            self._under_way += 1
+            self._host.loop.run_blocking(self._enclosed, lambda _, error: self._done(error))
+
+    def start(self, number: int, launch: Mapping[str, Any]) -> HostedKernel:
+        """Start a kernel; blocks, in the worker thread.
+
+        Args:
+            number: no other kernel has it.
+            launch: how: see :func:`start_kernel`.
+
+        Raises:
+            OSError: there is no such program or directory, or something is missing to start it.
+            EnclosureError: there can be no enclosure.
+        """
+        folder = self._folder / str(number)
+        self.home.mkdir(mode=0o700, exist_ok=True)
+        try:
+            if self.plan.method == "bubblewrap":
+                return start_enclosed(self._enclosed(), number, folder, launch)
+            if self.plan.method == "landlock":
+                return start_confined(folder, launch, self.home, self._host.reaper, self.plan)
+            return start_kernel(folder, launch, self.home, self._host.reaper)
+        except BaseException:
+            remove_tree(str(folder))
+            raise
+
+    def end(self) -> None:
+        """End what there is; *emptied* is called when it is gone."""
+        self._is_ending = True
+        if self._enclosure is not None:
+            self._enclosure.kill()
+
+    def network_log(self) -> list[dict[str, object]]:
+        """What was tried to reach, as far as the proxy was asked."""
+        return [asdict(attempt) for attempt in self._log.attempts()]
+
+    def _enclosed(self) -> Enclosure:
+        """The enclosure, which is made if there is none; in the worker thread.
+
+        Raises:
+            EnclosureError: it cannot be made.
+        """
+        if self._is_ending:
+            raise EnclosureError("the sandbox has ended")
+        if self._enclosure is None or self._enclosure.is_over:
+            name = f"{os.getpid()}-{self._folder.parent.name}-{self._host.next_number()}"
+            cgroups = Enclosure.cgroups_of(name, self.plan)
+            # First, so that they go even if this process is killed as it makes them.
+            (self._folder / CGROUPS).write_text("".join(f"{path}\n" for path in cgroups))
+            self._host.reaper.guard_cgroups(cgroups)
+            enclosure = self._enclosure = Enclosure.make(self._host.loop, self.plan, name)
+            self._host.reaper.guard_group(enclosure.pid)
+            self._host.loop.call_soon(lambda: self._use(enclosure))
+        return self._enclosure
+
+    def _use(self, enclosure: Enclosure) -> None:
+        enclosure.watch(lambda: self._over(enclosure))
+        listener, enclosure.proxy_listener = enclosure.proxy_listener, None
+        if listener is not None:
+            allowed = AllowedHosts(self.plan.allowed_hosts)
+            self._host.loop.run_blocking(
+                lambda: the_egress().serve(listener, allowed, self._log),  # it may have to be imported
+                lambda proxy, error: self._proxy_began(enclosure, proxy, error),
+                apart=True,
+            )
+
+    def _proxy_began(self, enclosure: Enclosure, proxy: Service | None, error: Exception | None) -> None:
+        if proxy is None:  # there is no way out then
+            _log.error("an enclosure has no proxy: %s", error)
+        elif enclosure.is_over:
+            proxy.close()
+        else:
+            self._proxy = proxy
+
+    def _over(self, enclosure: Enclosure) -> None:
+        self._under_way += 1
+        if self._proxy is not None:
+            self._proxy.close()
+            self._proxy = None
+
+        def removed(_: object, error: Exception | None) -> None:
+            self._host.reaper.release_group(enclosure.pid)
+            self._host.reaper.release_cgroups(enclosure.cgroups)
+            self._done(error)
+
+        self._host.loop.run_blocking(enclosure.remove, removed, apart=True)
+
+    def _done(self, error: Exception | None) -> None:
+        self._under_way -= 1
+        if error is not None:  # whoever needs it will be told
+            _log.error("an enclosure could not be made, or removed: %s", error)
+        self._emptied()
