@@ -222,10 +222,10 @@ class Enclosure:
 
         def answered(reply: _Reply | None) -> None:
             del self._waiting[number]
-            if reply is None or "failed" in reply.message:
-                then(-1, _error_of(reply, path))
-            else:
+            if reply is not None and reply.descriptors:
                 then(reply.descriptors[0], None)
+            else:
+                then(-1, _error_of(reply, path))
 
         self._waiting[number] = answered
         self._send({"connect": number, "path": path})
@@ -292,18 +292,25 @@ class Enclosure:
             reply = _receive(self._control)
         except BlockingIOError:
             return
-        message = reply.message
-        if not message:
+        except (OSError, ValueError, RecursionError):  # what is in there is not what was put there
             self._over()
-        elif "ended" in message:
-            self._kernels.pop(message["ended"]).ended(message["status"])
-        else:
-            number = next(message[kind] for kind in ("started", "connected", "failed") if kind in message)
-            answer = self._waiting.get(number)
-            if answer is not None:
-                answer(reply)
-            else:  # too late
-                _close_all(reply.descriptors)
+            return
+        if not reply.message:
+            self._over()
+        elif not self._is_taken(reply):  # by nobody, or too late
+            _close_all(reply.descriptors)
+
+    def _is_taken(self, reply: _Reply) -> bool:
+        numbers = {kind: value for kind, value in reply.message.items() if type(value) is int}
+        kernel = self._kernels.pop(numbers.get("ended", 0), None)
+        if kernel is not None:
+            kernel.ended(numbers.get("status"))
+            return False
+        answers = (self._waiting.get(numbers.get(kind, 0)) for kind in ("started", "connected", "failed"))
+        answer = next((answer for answer in answers if answer is not None), None)
+        if answer is not None:
+            answer(reply)
+        return answer is not None
 
     def _over(self) -> None:
         if self.is_over:
@@ -327,8 +334,10 @@ class Enclosure:
 def _error_of(reply: _Reply | None, path: str) -> OSError:
     if reply is None:
         return OSError(errno.ECONNRESET, "the sandbox has ended", path)
-    code = reply.message["errno"]
-    return OSError(code, os.strerror(code), reply.message["path"] or path)
+    code = reply.message.get("errno")
+    if type(code) is not int:
+        code = errno.EPROTO
+    return OSError(code, os.strerror(code), str(reply.message.get("path") or path))
 
 
 def _check_places(plan: Plan) -> None:
@@ -342,7 +351,9 @@ def _check_places(plan: Plan) -> None:
             if place.startswith(f"{mount.target}/"):
                 path = mount.source + place.removeprefix(mount.target)
                 if os.path.realpath(path) != os.path.realpath(mount.source) + path.removeprefix(mount.source):
-                    raise EnclosureError(f"{place} cannot be made in it: on this machine {path} is a link")
+                    raise EnclosureError(
+                        f"{place} cannot be made in it: on this machine {path} lies behind a link"
+                    )
 
 
 def _start(plan: Plan, user: int, control: int) -> tuple[subprocess.Popen[bytes], int, int]:
@@ -468,7 +479,10 @@ def _receive(control: socket.socket) -> _Reply:
     data, descriptors, _, _ = socket.recv_fds(control, _LONGEST, 4)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    return _Reply(json.loads(data) if data else {}, descriptors)
+    message = json.loads(data) if data else {}
+    if not isinstance(message, dict):
+        raise ValueError("that is no message")
+    return _Reply(message, descriptors)
 
 
 def _read_to_end(descriptor: int) -> bytes:
