@@ -164,7 +164,8 @@ def sandbox(make_sandbox: MakeSandbox) -> Sandbox:
 
 
 @pytest.fixture(scope="session")
-def shared_sandboxes(runtime_folder: Path) -> Iterator[dict[object, Sandbox]]:
+def shared_sandboxes(variant: str, front: str, runtime_folder: Path) -> Iterator[dict[object, Sandbox]]:
+    """By isolation; gone before those of another variant or front come."""
     made: dict[object, Sandbox] = {}
     yield made
     for sandbox in made.values():
@@ -176,7 +177,7 @@ def shared_sandbox(
     variant: str, front: str, isolation: dict[str, object], shared_sandboxes: dict[object, Sandbox]
 ) -> Sandbox:
     """A sandbox for tests that leave no trace in it."""
-    kind = (variant, front, *isolation.values())
+    kind = isolation.get("isolation")
     if kind not in shared_sandboxes:
         shared_sandboxes[kind] = create(front, variant, **isolation)
     return shared_sandboxes[kind]

@@ -619,6 +619,7 @@ def test_a_kernel_that_lets_go_of_nothing_is_told_of_in_time(make_sandbox: MakeS
 
 @pytest.mark.slow
 @pytest.mark.needs("own_process")
+@pytest.mark.from_this_machine
 def test_output_of_a_process_of_one_cell_arrives_during_the_next_and_after_it(
     sandbox: Sandbox, tmp_path: Path
 ) -> None:
@@ -636,6 +637,7 @@ def test_output_of_a_process_of_one_cell_arrives_during_the_next_and_after_it(
 
 @pytest.mark.slow
 @pytest.mark.needs("languages.bash")
+@pytest.mark.from_this_machine
 def test_commands_of_a_context_in_another_language_start_where_that_does(
     make_sandbox: MakeSandbox, tmp_path: Path
 ) -> None:

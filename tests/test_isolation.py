@@ -27,6 +27,7 @@ from code_sandboxes.isolation.landlock import why_not as why_no_landlock
 from code_sandboxes.isolation.probe import probe
 from code_sandboxes.variants import plans
 from conftest import wait_until
+from tests.test_packages import wheel
 
 pytestmark = pytest.mark.skipif(bool(probe().bubblewrap), reason=f"no bubblewrap: {probe().bubblewrap}")
 
@@ -213,6 +214,21 @@ def test_a_kernel_below_a_home_folder_shows_no_more_than_itself(
 
     with pytest.raises(SandboxConnectionError, match=r"cannot be enclosed: its program .* mounts="):
         isolated.create_context("c", language=name)
+
+
+@pytest.mark.slow
+def test_packages_are_installed_for_all_contexts_and_the_installation_does_not_change(
+    isolated: Sandbox, tmp_path: Path
+) -> None:
+    inside = "/tmp/sandboxed_package-1.0-py3-none-any.whl"
+    isolated.files.upload(str(wheel(tmp_path, "sandboxed_package")), inside)
+    isolated.install_packages([inside])
+    code = "import sandboxed_package; print(sandboxed_package.__file__)"
+
+    for context in (None, isolated.create_context("later")):
+        assert printed(isolated, code, context=context).startswith("/home/sandbox/.local/lib/")
+    assert "/home/sandbox/.local" in isolated.commands.run(["python", "-c", code]).stdout
+    isolated.delete_context("later")
 
 
 # Options

@@ -1300,7 +1300,7 @@ def test_a_library_that_speaks_another_protocol_has_a_keeper_beside(
         with pytest.raises(SandboxNotFoundError, match="another version of code_sandboxes"):
             Sandbox.from_id(theirs[0])
         newer.close()
-        wait_until(lambda: not list(folder.glob("k2-*")), seconds=5)
+        wait_until(lambda: not list(folder.glob("k3-*")), seconds=5)
         assert ours.run_code("1").text == "1"
 
 

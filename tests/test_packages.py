@@ -16,7 +16,6 @@ import pytest
 from code_sandboxes import Sandbox, SandboxConfigurationError, SandboxExecutionError
 from conftest import MakeSandbox
 
-ISOLATED = True
 EVERY_FRONT = ("blocking", "async")
 
 
@@ -60,6 +59,7 @@ def test_a_file_of_requirements_that_is_missing_is_named(shared_sandbox: Sandbox
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("venv")
+    folder.chmod(0o755)  # in a sandbox code is another user
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -38,7 +39,9 @@ from code_sandboxes import (
 from code_sandboxes.__main__ import main
 from code_sandboxes.isolation.plan import Mount, Plan
 from code_sandboxes.isolation.probe import probe
+from code_sandboxes.keeper.client import KeeperClient
 from code_sandboxes.provisioner import SandboxProvisioner
+from code_sandboxes.variants.jupyter import LocalJupyter
 from code_sandboxes.variants.plans import seen_as, why_not
 from conftest import BUSY, processes_of, sandbox_folders, wait_until
 
@@ -346,7 +349,7 @@ SECRET = "the server's own"
 def server(runtime_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose kernels are named "sandboxed", and have no network and little memory."""
     folder = tmp_path_factory.mktemp("server")
-    for name, settings in {"sandboxed": LIMITED, "impossible": {"memory": 1}}.items():
+    for name, settings in {"sandboxed": LIMITED, "impossible": IMPOSSIBLE}.items():
         spec = {"argv": ARGV, "display_name": name, "language": "python", "metadata": metadata(settings)}
         (folder / "share" / "kernels" / name).mkdir(parents=True)
         (folder / "share" / "kernels" / name / "kernel.json").write_text(json.dumps(spec))
@@ -361,6 +364,8 @@ LIMITED: dict[str, object] = {
     "env_vars": {"MEANT": "for it"},
     **({} if probe().cgroups["memory"] else {"memory": 256}),
 }
+
+IMPOSSIBLE: dict[str, object] = {"memory": 1}
 
 
 @pytest.fixture(params=["blocking", "awaiting", "server"])
@@ -510,9 +515,11 @@ def test_a_server_that_is_killed_leaves_nothing(tmp_path: Path, install_sandboxe
 
 @needs_bubblewrap
 @pytest.mark.slow
-def test_a_server_is_told_why_a_kernel_cannot_be_started(server: Server) -> None:
+def test_a_server_tells_why_the_kernel_of_a_notebook_cannot_be_started(server: Server) -> None:
+    session = {"path": "x.ipynb", "type": "notebook", "name": "x", "kernel": {"name": "impossible"}}
+
     with pytest.raises(urllib.error.HTTPError) as failure:
-        server.ask("POST", "/api/kernels", {"name": "impossible"})
+        server.ask("POST", "/api/sessions", session)
 
     assert "memory_limit must be a whole number" in failure.value.read().decode()
 
@@ -535,23 +542,27 @@ def test_less_than_bubblewrap_is_had_by_who_asks_for_it(
 
 @needs_bubblewrap
 @pytest.mark.slow
-def test_a_start_and_an_end_hold_up_no_event_loop(install_sandboxed: InstallSandboxed) -> None:
-    async def longest_pause(during: Awaitable[object]) -> float:
-        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(during)
-        longest, before = 0.0, loop.time()
-        while not task.done():
-            await asyncio.sleep(0.001)
-            longest, before = max(longest, loop.time() - before), loop.time()
-        await task
-        return longest
+def test_nothing_that_waits_is_done_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = []
 
-    async def pauses() -> list[float]:
+    def noted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            waiting.append(threading.get_ident())
+            return function(*arguments, **options)
+
+        return call
+
+    async def start_and_end() -> None:
         provisioner = sandboxed()
-        launching = provisioner.launch_kernel(**await provisioner.pre_launch())
-        return [await longest_pause(launching), await longest_pause(provisioner.cleanup())]
+        await provisioner.launch_kernel(**await provisioner.pre_launch())
+        await provisioner.cleanup()
 
-    # Each takes longer than that; threads share one interpreter, and the machine is shared, too.
-    assert max(asyncio.run(pauses())) < 0.05
+    monkeypatch.setattr(KeeperClient, "_ask_once", noted(KeeperClient._ask_once))
+    monkeypatch.setattr(LocalJupyter, "__init__", noted(LocalJupyter.__init__))
+    asyncio.run(start_and_end())
+
+    assert len(waiting) >= 4
+    assert threading.get_ident() not in waiting
 
 
 # Another process takes over

@@ -277,7 +277,7 @@ def load_sibling(name: str) -> ModuleType:
 def check_mounted(target: str, identity: list[int]) -> None:
     """
     Raises:
-        OSError: *target* is not what was meant: who can write beside that may have put something in its place.
+        OSError: something else is there: who can write beside it may have put that in its place.
     """
     status = os.stat(target)
     if [status.st_dev, status.st_ino] != identity:

@@ -429,13 +429,13 @@ def _first_process(info: int, said: int) -> tuple[int, int]:
 
 def _configuration(plan: Plan, user: int) -> dict[str, Any]:
     """What the first process has to do before anything runs."""
-    root, shared_memory = _sizes(plan)
+    sizes = dict(zip(("/", SHARED_MEMORY), _sizes(plan), strict=True))
     return {
         "uid": user,
         "in_namespace": user == USER,
         "proxy": plan.network != "all",
         "mounts": [(mount.target, mount.identity) for mount in plan.mounts if mount.identity is not None],
-        "sizes": {"/": _with_files(root), SHARED_MEMORY: _with_files(shared_memory)},
+        "sizes": {path: (size, _files(size, plan)) for path, size in sizes.items()},
         "owned": owned(plan),
         "scoped": plan.network == "all" and probe().landlock >= SCOPES,
         "limits": _limits(plan),
@@ -462,8 +462,11 @@ def _sizes(plan: Plan) -> tuple[int, int]:
     return plan.bounds.disk - shared_memory, shared_memory
 
 
-def _with_files(size: int) -> tuple[int, int]:
-    return size, max(1024, min(size // _BYTES_PER_FILE, _MOST_FILES))
+def _files(size: int, plan: Plan) -> int:
+    """How many may be in a tmpfs of *size* bytes."""
+    if plan.bounds.memory is not None:  # of which what the system has to know of a file takes a part
+        size = min(size, plan.bounds.memory)
+    return max(1024, min(size // _BYTES_PER_FILE, _MOST_FILES))
 
 
 def _file_of(content: bytes) -> int:

@@ -1,4 +1,4 @@
-"""What isolation has to be there for these tests; where it is not, they are skipped, or fail where they must not."""
+"""What isolation these tests take; where there is none they are skipped, or fail if there must be."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def needs_isolation(method: Method) -> None:
 
 
 def needs_limit(what: str) -> None:
-    """Skip where bubblewrap cannot limit *what*, which is all the same with a requirement: it takes cgroups."""
+    """Skip where bubblewrap cannot limit *what*, also where isolation is required: it takes cgroups."""
     needs_isolation("bubblewrap")
     if reason := enforceable("bubblewrap")[what]:
         pytest.skip(f"no limit of {what}: {reason}")

@@ -191,8 +191,8 @@ ATTACKS = [
     Attack(
         "8",
         "devices",
-        "sorted({*os.listdir('/dev')} - {'console', 'core', 'fd', 'full', 'null', 'ptmx', 'pts', 'random', 'shm',"
-        " 'stderr', 'stdin', 'stdout', 'tty', 'urandom', 'zero'})",
+        "sorted({*os.listdir('/dev')} - {'console', 'core', 'fd', 'full', 'null', 'ptmx', 'pts', 'random',"
+        " 'shm', 'stderr', 'stdin', 'stdout', 'tty', 'urandom', 'zero'})",
         "[]",
         "EACCES",
     ),
@@ -218,7 +218,7 @@ ATTACKS = [
         "[s for s in sockets() if s.family != socket.AF_UNIX and s.getsockname()[0] != '127.0.0.1']",
         "[]",
     ),
-    Attack("11", "setuid", "os.setuid(0 if os.getuid() else 1)", "EPERM"),
+    Attack("11", "setuid", "os.setuid(0 if os.getuid() else 1)", "EPERM EINVAL"),
     Attack("11", "setgid and groups", "os.setgroups([0])", "EPERM"),
     Attack("11", "a setuid program", "run_setuid()", "0"),
     Attack(
@@ -590,14 +590,15 @@ def told_paths():
 def run_setuid():
     shutil.copy('/usr/bin/id', 'id')
     os.chmod('id', 0o6755)
-    uids = [subprocess.run([program, '-u'], capture_output=True, text=True).stdout for program in ('./id', 'id')]
+    uids = [subprocess.check_output([program, '-u'], text=True) for program in ('./id', 'id')]
     return sum(uid.strip() != str(os.getuid()) for uid in uids)
 
 def writable_below(folder, skip=()):
     found = []
     for path, folders, files in os.walk(folder):
         if path == '/proc':
-            folders[:] = [name for name in folders if not name.isdigit() and name not in ('thread-self', *skip)]
+            skip = ('thread-self', *skip)
+            folders[:] = [name for name in folders if not name.isdigit() and name not in skip]
         for name in files:
             if name in ('ns_last_pid',): continue  # everybody has the permission; the kernel asks for more
             try: os.close(os.open(os.path.join(path, name), os.O_WRONLY))
@@ -814,8 +815,6 @@ def test_row_16_and_17_what_a_link_leads_to_is_the_sandboxs(
             enclosed.files.read(path)
         with pytest.raises(OSError, match=r"No such file|Permission denied"):
             enclosed.files.download(path, tmp_path / "file")
-        with pytest.raises(OSError, match=r"No such file|Permission denied"):
-            enclosed.files.write(path + "/x", "x")
     with pytest.raises(OSError, match="absolute"):
         enclosed.files.download("links", tmp_path / "folder")
     assert os.listdir(tmp_path) == []
@@ -848,9 +847,8 @@ def test_row_19_a_setuid_program_is_none_when_it_has_come_out(enclosed: Sandbox,
 
 
 def test_row_20_names_that_lead_out_are_refused(enclosed: Sandbox, tmp_path: Path) -> None:
-    """The guest is the code's to change: here it says that what it sends is to be elsewhere."""
     enclosed.run_code("os.makedirs('slip', exist_ok=True); write('slip/x'); os.symlink('../..', 'slip/up')")
-    with pytest.raises(OSError, match="leads out"):
+    with pytest.raises(OSError, match="lead out of the folder"):
         enclosed.files.download("slip", tmp_path / "slip")
     assert os.listdir(tmp_path) == []
 
@@ -862,10 +860,7 @@ def test_row_20_names_that_lead_out_are_refused(enclosed: Sandbox, tmp_path: Pat
     ("row", "code"),
     [
         (41, "reply('execute_reply', {'status': 'ok'}); forge('status', {'execution_state': 'idle'})"),
-        (
-            41,
-            "forge('execute_result', {'data': {'text/plain': 'forged'}, 'metadata': {}, 'execution_count': 1})",
-        ),
+        (41, "forge('execute_result', {'data': {'text/plain': 'x'}, 'metadata': {}, 'execution_count': 1})"),
         (42, "forge('stream', {'name': 'stdout', 'text': 'x'}, parent={'header': {'msg_id': 'another'}})"),
         (43, "send(b'junk'); send(b'', b''); say('stream', '[' * 50000); say('stream', '{', key=b'wrong')"),
         (45, "[display(i) for i in range(500)]; print('x\\n' * 10000)"),
@@ -885,7 +880,10 @@ def test_rows_41_to_51_what_an_enclosed_kernel_says_does_no_harm(
 
 
 def test_row_47_where_a_kernel_listens_is_not_in_its_file_system(enclosed: Sandbox) -> None:
-    assert outcome(enclosed, "[p for p in told_paths() if os.path.lexists(os.path.dirname(p))]") == "[]"
+    assert (
+        outcome(enclosed, "[p for p in told_paths() if p[0] == '/' and os.path.lexists(os.path.dirname(p))]")
+        == "[]"
+    )
 
 
 # Whatever ends its own sandbox, and no other
@@ -895,7 +893,7 @@ def test_row_47_where_a_kernel_listens_is_not_in_its_file_system(enclosed: Sandb
 def own(surroundings: Surroundings) -> Iterator[Sandbox]:
     """A sandbox for one attack."""
     needs_isolation("bubblewrap")
-    config = SandboxConfig(default_timeout=2.0, network_policy="none")
+    config = SandboxConfig(timeout=0.5, interrupt_grace=0.2, network_policy="none")
     with Sandbox.create("local-jupyter", isolation="bubblewrap", config=config) as sandbox:
         prepare(sandbox, surroundings)
         yield sandbox
@@ -913,7 +911,7 @@ def own(surroundings: Surroundings) -> Iterator[Sandbox]:
 )
 def test_row_57_what_does_not_let_itself_be_interrupted_is_ended(own: Sandbox, code: str) -> None:
     result = own.run_code(code)
-    assert result.status in ("timeout", "kernel_died")
+    assert result.status in ("timed_out", "kernel_died")
     wait_until(lambda: own.run_code("40 + 2").text == "42")
 
 
@@ -925,8 +923,8 @@ def test_row_57_what_does_not_let_itself_be_interrupted_is_ended(own: Sandbox, c
         ("os._exit(7)", 7),
         ("os.abort()", -signal.SIGABRT),
         (
-            "sys.setrecursionlimit(10 ** 9); f = lambda: repr(functools.reduce(lambda a, _: [a], range(10 ** 7), []))"
-            "\nimport functools; f()",
+            "import functools; sys.setrecursionlimit(10 ** 9)\n"
+            "repr(functools.reduce(lambda inner, _: [inner], range(10 ** 6), []))",
             -signal.SIGSEGV,
         ),
     ],
@@ -946,7 +944,8 @@ def test_what_holds_up_the_start_of_a_kernel_holds_up_no_other_sandbox_for_long(
         "def stop():\n"
         " while True:\n"
         "  for name in os.listdir('/proc'):\n"
-        "   if name.isdigit() and int(name) not in (1, os.getpid()): tell(os.kill, int(name), signal.SIGSTOP)\n"
+        "   if name.isdigit() and int(name) not in (1, os.getpid()):\n"
+        "    tell(os.kill, int(name), signal.SIGSTOP)\n"
         "threading.Thread(target=stop, daemon=True).start()"
     )
     failed = []
@@ -1030,10 +1029,8 @@ def test_a_link_in_a_mounted_folder_leads_no_other_mount_out(tmp_path: Path) -> 
     (tmp_path / "outside").mkdir(mode=0o755)
     (project / "link").symlink_to("/oldroot" + str(tmp_path / "outside"))  # where bubblewrap has this machine
     mounts = {project: ("/project", "rw"), other: ("/project/link/new", "ro")}
-    with Sandbox.create("local-jupyter", isolation="bubblewrap", mounts=mounts) as sandbox:
-        error = sandbox.run_code("1").error
-    assert error is not None
-    assert "is a link" in error.value
+    with pytest.raises(SandboxError, match="lies behind a link"):
+        Sandbox.create("local-jupyter", isolation="bubblewrap", mounts=mounts)
     assert os.listdir(tmp_path / "outside") == []
 
 
@@ -1078,7 +1075,7 @@ def test_rows_33_to_40_with_an_allowlist_there_is_no_way_but_the_proxy(surroundi
             "[::ffff:127.0.0.1]:80",
         ):
             answer = (
-                "(lambda s: (s.sendall(b'CONNECT %s HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n' % TARGET), s.recv(12)))"
+                "(lambda s: (s.sendall(b'CONNECT %s HTTP/1.1\\r\\n\\r\\n' % TARGET), s.recv(12)))"
                 "(socket.create_connection(('127.0.0.1', 3128)))[1].split()[1]"
             )
             given(sandbox, {"TARGET": target.encode()})
@@ -1091,7 +1088,9 @@ def test_connections_to_the_proxy_that_say_nothing_keep_neither_it_nor_a_neighbo
     neighbour: Sandbox,
 ) -> None:
     needs_isolation("bubblewrap")
-    with Sandbox.create("local-jupyter", isolation="bubblewrap", network_policy="allowlist") as sandbox:
+    with Sandbox.create(
+        "local-jupyter", isolation="bubblewrap", network_policy="allowlist", allowed_hosts=["example.org"]
+    ) as sandbox:
         taken = sandbox.run_code(
             "import socket\nheld = []\n"
             "try:\n"

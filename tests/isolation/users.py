@@ -1,4 +1,4 @@
-"""A place where an ordinary user can run these tests, made by root: an interpreter, the packages, a copy of us.
+"""What an ordinary user needs to run these tests, made by root: an interpreter, packages, a copy of us.
 
 What the tests run on is mostly root's alone, as is a folder below ``/root``. So the packages that they need
 are copied, as they are installed here, beside an interpreter of the same version that everybody can run.
