@@ -29,7 +29,7 @@ PRIVATE = "_code_sandboxes_"
 # Seconds that ipykernel waits for more text before it publishes; 0.2 by default.
 FLUSH_INTERVAL = 0.005
 
-# Characters of text in one message: whoever reads it has a limit for that, and a long print is to arrive whole.
+# Characters of text in one message: whoever reads it has a limit, and a long print is to arrive whole.
 LONGEST_TEXT = 1024 * 1024
 
 

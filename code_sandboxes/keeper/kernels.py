@@ -258,7 +258,7 @@ def start_enclosed(
         EnclosureError: the enclosure is over.
     """
     folder.mkdir(mode=0o700)
-    cwd = launch["cwd"] or enclosure.plan.working_dir
+    cwd = launch["cwd"]
     environment = _environment(launch, folder, 1)
     if not launch["by_descriptors"]:
         return _start_relayed(enclosure, number, folder, launch, environment, cwd)

@@ -2,8 +2,7 @@
 
 The processes are those of a keeper (:mod:`code_sandboxes.keeper.server`), so that a sandbox can be found by
 other programs and outlive this one. Everything it has on this machine is one folder that only this user can
-enter: the home of the code, and for each kernel its connection file and sockets. How a kernel is started is
-decided here, from any installed kernelspec.
+enter. How it is isolated is decided in :mod:`.plans`, how a kernel is started in :mod:`.launches`.
 """
 
 from __future__ import annotations
@@ -27,9 +26,7 @@ from code_sandboxes.errors import (
     SandboxNotFoundError,
     SandboxNotStartedError,
 )
-from code_sandboxes.guest.init import PROXY
 from code_sandboxes.info import NO_SUBSHELLS, NO_SYSTEM_PACKAGES, Capabilities, Capability, SandboxVariant
-from code_sandboxes.isolation.bubblewrap import HOME, environment
 from code_sandboxes.isolation.plan import Method, Plan
 from code_sandboxes.keeper.client import (
     Answer,
@@ -42,19 +39,15 @@ from code_sandboxes.network_info import NetworkAttempt
 from code_sandboxes.transports.loop import the_loop
 from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant
 from code_sandboxes.variants.folders import check_length, runtime_root
-from code_sandboxes.variants.installations import NotEnclosableError, folders_of, is_visible
 from code_sandboxes.variants.kept_kernel import KeptKernel, Kernels
 from code_sandboxes.variants.kernelspecs import (
     InstalledKernel,
-    check_startable,
-    command_of,
     installed_kernels,
     kernel_named,
     kernels_speaking,
     known_languages,
-    launch_environment,
-    takes_descriptors,
 )
+from code_sandboxes.variants.launches import launch_of
 from code_sandboxes.variants.plans import describe, enforceable, plan_of, strongest, why_not
 
 if TYPE_CHECKING:
@@ -63,14 +56,6 @@ if TYPE_CHECKING:
 __all__ = ["LocalJupyter"]
 
 _NO_GPU_CHOICE = "its isolation hides the GPUs of the machine; with isolation='none' all are visible"
-
-# What most clients look at, in the case in which they do; code may of course not.
-_PROXY = f"http://{PROXY[0]}:{PROXY[1]}"
-_NOT_THROUGH_IT = "localhost,127.0.0.1,::1"
-_THROUGH_PROXY = {
-    **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), _PROXY),
-    **dict.fromkeys(("NO_PROXY", "no_proxy"), _NOT_THROUGH_IT),
-}
 
 
 class LocalJupyter(Variant):
@@ -373,48 +358,7 @@ class LocalJupyter(Variant):
         kernel = self._startable().get(spec.kernel_name)
         if kernel is None:
             raise SandboxConnectionError(f"there is no kernelspec {spec.kernel_name!r} for this program")
-        command = command_of(kernel)
-        if self._plan.method == "bubblewrap":
-            return self._how_to_start_enclosed(kernel, command, spec)
-        own = _environment(self._home, command[0], os.environ.get("PATH", os.defpath))
-        if self._plan.method == "landlock":
-            own |= _own_packages(self._home, own["PATH"])
-        variables = {**own, **self.config.env_vars, **spec.env}
-        cwd = spec.cwd or self.config.working_dir
-        check_startable(kernel, command[0], variables["PATH"], cwd)
-        return {
-            "command": command,
-            "env": launch_environment(kernel, variables),
-            "cwd": cwd,
-            "interrupt_mode": kernel.kernel_spec.interrupt_mode,
-            "by_descriptors": takes_descriptors(command),
-        }
-
-    def _how_to_start_enclosed(
-        self, kernel: InstalledKernel, command: list[str], spec: ContextSpec
-    ) -> Mapping[str, object]:
-        try:
-            needed = folders_of(command, kernel.kernel_spec.resource_dir)
-        except NotEnclosableError as error:
-            raise SandboxConnectionError(f"the kernel {kernel.name!r} cannot be enclosed: {error}") from None
-        hidden = [folder for folder in needed if not is_visible(folder, self._plan.mounts)]
-        if hidden:
-            raise SandboxConnectionError(
-                f"the kernel {kernel.name!r} could not be started: the sandbox does not see {hidden[0]};"
-                " what is installed after a sandbox was made only a new one sees"
-            )
-        own = _environment(HOME, command[0], environment()["PATH"])
-        own |= _own_packages(HOME, own["PATH"])
-        own |= {} if self._plan.network == "all" else _THROUGH_PROXY
-        variables = {**own, **self.config.env_vars, **spec.env}
-        check_startable(kernel, command[0], os.environ.get("PATH", os.defpath), None)
-        return {
-            "command": command,
-            "env": launch_environment(kernel, variables),
-            "cwd": spec.cwd,
-            "interrupt_mode": kernel.kernel_spec.interrupt_mode,
-            "by_descriptors": takes_descriptors(command),
-        }
+        return launch_of(kernel, spec, self._plan, self._home, self.config.env_vars)
 
 
 def _capabilities(isolation: Method) -> Capabilities:
@@ -489,20 +433,6 @@ def _record_of(description: Mapping[str, Any]) -> Record:
         contexts=[ContextSpec(**context) for context in description["contexts"]],
         metadata={name: description[name] for name in ("programs", "detached", "kernels")},
     )
-
-
-def _environment(home: str, executable: str, path: str) -> dict[str, str]:
-    """Not the program's own: what it takes to run, and a home in the sandbox."""
-    kept = {name: value for name, value in os.environ.items() if name in ("LANG", "TZ")}
-    kept |= {name: value for name, value in os.environ.items() if name.startswith("LC_")}
-    if os.path.isabs(executable):
-        path = f"{os.path.dirname(executable)}{os.pathsep}{path}"
-    return kept | {"PATH": path, "HOME": home}
-
-
-def _own_packages(home: str, path: str) -> dict[str, str]:
-    """So that packages can be installed, and what they bring be run, where the installation cannot change."""
-    return {"CODE_SANDBOXES_PACKAGES": f"{home}/.local", "PATH": f"{home}/.local/bin{os.pathsep}{path}"}
 
 
 def _bytes(name: str, value: object, *, default: int) -> int:

@@ -48,8 +48,6 @@ _LIMITED = {
 # What of an enclosure is the system's.
 _RESERVED = ("/bin", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr")
 
-_SHARED_SOCKETS = " and abstract Unix sockets"
-
 _LEAST_MEMORY = 64 * 1024**2
 _LEAST_DISK = 1024**2
 
@@ -126,8 +124,9 @@ def describe(plan: Plan) -> str:
         )
     if plan.method == "landlock":
         return _describe_landlock(plan)
+    shared = "" if probe().landlock >= SCOPES else " and abstract Unix sockets"
     network = {
-        "all": f"the machine's network with its services{_SHARED_SOCKETS if probe().landlock < SCOPES else ''}",
+        "all": f"the machine's network with its services{shared}",
         "none": "no network",
         "allowlist": f"from the network only {', '.join(plan.allowed_hosts) or 'nothing'}",
     }[plan.network]
