@@ -312,7 +312,7 @@ def test_bubblewrap_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_only_bubblewrap_can_enforce_is_refused_without_it(
     isolation: str, option: dict[str, object]
 ) -> None:
-    with pytest.raises(SandboxConfigurationError, match="that takes .*bubblewrap"):
+    with pytest.raises(SandboxConfigurationError, match=r"that takes .*bubblewrap"):
         Sandbox.create("local-jupyter", isolation=isolation, **option)  # type: ignore[arg-type]  # any
 
 

@@ -85,7 +85,8 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
     (
         {"isolation": "docker"},
         "SandboxConfigurationError",
-        "local-jupyter cannot isolate with 'docker': isolation takes 'auto', 'bubblewrap', 'landlock', 'none'",
+        "local-jupyter cannot isolate with 'docker':"
+        " isolation takes 'auto', 'bubblewrap', 'landlock', 'none'",
     ),
     (
         {"environment": "python-cpu-env"},
