@@ -730,8 +730,7 @@ def test_descriptors_and_threads_are_as_before_when_all_has_ended(
 ) -> None:
     origin = start_origin(echo)
     target = f"{HOST_NAME}:{origin.port}"
-    wait_until(lambda: threading.active_count() <= 3)
-    before, threads = open_descriptors(), threading.active_count()
+    before, threads = open_descriptors(), set(threading.enumerate())
     egress = Egress(names)
     proxied = Proxied(egress, [target])
     clients = [proxied.tunnel(target) for _ in range(20)]
@@ -744,7 +743,7 @@ def test_descriptors_and_threads_are_as_before_when_all_has_ended(
     for client in clients:
         client.close()
 
-    wait_until(lambda: open_descriptors() <= before and threading.active_count() <= threads)
+    wait_until(lambda: open_descriptors() <= before and set(threading.enumerate()) <= threads)
 
 
 def test_who_does_not_read_stops_who_writes(
