@@ -4,15 +4,15 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = code_sandboxes tests benchmarks examples conftest.py
 
-.PHONY: demo test test-fast lint format bench clean
+.PHONY: demo test test-fast isolation lint format bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/analysis.py
 
-test: $(VENV)/test.stamp
+test: $(VENV)/test.stamp isolation
 	$(BIN)/python -m pytest
 
-test-fast: $(VENV)/test.stamp
+test-fast: $(VENV)/test.stamp isolation
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(VENV)/test.stamp
@@ -41,6 +41,17 @@ $(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	$(BIN)/python -m bash_kernel.install --sys-prefix
 	@touch $@
+
+# Sandboxes of local-jupyter are isolated by bubblewrap. Where it is not and cannot be installed, the tests
+# that take it are skipped and say so; CODE_SANDBOXES_REQUIRE_ISOLATION=1 makes them fail.
+isolation:
+	@command -v bwrap > /dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "installing bubblewrap, in which the tests isolate sandboxes"; \
+		{ apt-get update -qq && apt-get install -qq --no-install-recommends bubblewrap > /dev/null; } || \
+			echo "!! bubblewrap could not be installed: the tests of isolation will be skipped"; \
+	else \
+		echo "!! bubblewrap is not installed: the tests of isolation will be skipped"; \
+	fi
 
 clean:
 	rm -rf $(VENV) .venv-peer .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -122,9 +122,9 @@ class Core:
         if self.config.max_lifetime:
             self.rescheduled(self.config.max_lifetime)
         self.created_at = time.time()
-        record = replace(self.record(), time_left=self.config.max_lifetime or None)
         try:
-            yield from in_worker(lambda: self.variant.prepare(record, self))
+            yield from in_worker(self._prepare)
+            self.variant.warn()
             yield from self._started(self._default_context(None))
         except BaseException:
             try:
@@ -133,6 +133,10 @@ class Core:
             except SandboxError as error:  # why it failed says more
                 _log.error("%s", error)
             raise
+
+    def _prepare(self) -> None:
+        record = replace(self.record(), time_left=self.config.max_lifetime or None)
+        self.variant.prepare(record, self)
 
     def _attach(self, record: Record) -> None:
         """Take up what another program made, or this one in an earlier life."""

@@ -236,11 +236,13 @@ def test_auto_isolation_warns_once_in_a_program_and_is_told(monkeypatch: pytest.
     monkeypatch.setattr(jupyter, "why_not", plans.why_not)
     jupyter._warn_once.cache_clear()
     with pytest.warns(SandboxIsolationWarning, match=r"but a process of its own.*not on this machine"):
-        first = LocalJupyterSandbox()
-    second = LocalJupyterSandbox()  # a second warning would be an error here
+        first = LocalJupyterSandbox().start()
+    second = LocalJupyterSandbox().start()  # a second warning would be an error here
 
     assert first.info.isolation.startswith("none:")
     assert second.info.isolation == first.info.isolation
+    first.kill()
+    second.kill()
 
 
 def test_capabilities_say_what_can_be_done_and_why_not_the_rest(shared_sandbox: Sandbox) -> None:

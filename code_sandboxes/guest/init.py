@@ -313,6 +313,7 @@ def configure(config: dict[str, Any], confine: Any) -> socket.socket | None:
     confine.no_new_privileges()
     if config["scoped"]:
         confine.scope_out()
+    confine.limit_resources({"core": config["core"]})  # which the filter lets nobody change any more
     confine.filter_system_calls(base64.b64decode(config["filter"]))
     return listener
 

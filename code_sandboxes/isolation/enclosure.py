@@ -34,8 +34,8 @@ from code_sandboxes.isolation.bubblewrap import (
 )
 from code_sandboxes.isolation.plan import Bounds, Plan
 from code_sandboxes.isolation.probe import probe
-from code_sandboxes.isolation.seccomp import deny_filter
-from code_sandboxes.reaper import USERS
+from code_sandboxes.isolation.seccomp import CORE, deny_filter
+from code_sandboxes.reaper import MARK, USERS
 from code_sandboxes.transports.loop import Loop
 
 __all__ = ["SCOPES", "EnclosedKernel", "Enclosure", "EnclosureError"]
@@ -80,9 +80,17 @@ class EnclosedKernel:
         self.has_ended = False
         self.status: int | None = None
         """As in :mod:`subprocess`; None, too, if it ended with its enclosure."""
+        self.why_ended = ""
+        """More than the status says: the end of a sentence; empty if there is no more."""
         self._enclosure = enclosure
         self._number = number
+        self._memory_used_up = enclosure.out_of_memory_kills()
         self._on_end: Callable[[], None] | None = None
+
+    @property
+    def has_ended_with_all(self) -> bool:
+        """Nothing is left of the enclosure."""
+        return self._enclosure.is_over
 
     def watch(self, on_end: Callable[[], None]) -> None:
         """Call *on_end* once, when it has ended."""
@@ -97,8 +105,20 @@ class EnclosedKernel:
 
     def ended(self, status: int | None) -> None:
         self.has_ended, self.status = True, status
+        self.why_ended = self._reason()
         if self._on_end is not None:
             self._on_end()
+
+    def _reason(self) -> str:
+        if self.status not in (None, -signal.SIGKILL):
+            return ""
+        reasons = []
+        if self._enclosure.out_of_memory_kills() > self._memory_used_up:
+            memory = (self._enclosure.plan.bounds.memory or 0) / 1024**2
+            reasons.append(f"the sandbox used up its memory of {memory:g} MiB")
+        if self.status is None:
+            reasons.append("the whole sandbox was ended, and its files with it")
+        return "; ".join(reasons)
 
 
 class Enclosure:
@@ -128,6 +148,7 @@ class Enclosure:
         self._cgroup = cgroup
         self._waiting: dict[int, Callable[[_Reply | None], None]] = {}
         self._kernels: dict[int, EnclosedKernel] = {}
+        self._memory_used_up = 0
         self._connections = 0
         self._tell: Callable[[], None] = _nothing
 
@@ -137,11 +158,12 @@ class Enclosure:
         return cgroups.folders_of(name, _of_cgroups(plan))
 
     @classmethod
-    def make(cls, loop: Loop, plan: Plan, name: str) -> Enclosure:
+    def make(cls, loop: Loop, plan: Plan, name: str, folder: str) -> Enclosure:
         """Make one; blocks, and whose thread this is must live as long as the enclosure.
 
         Args:
             name: for what else has to be made on this machine, a cgroup; nothing else has it.
+            folder: the sandbox's, by which a reaper finds what is left of it.
 
         Raises:
             EnclosureError: it cannot be made as it is planned.
@@ -156,9 +178,9 @@ class Enclosure:
             control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(control.close)
             with theirs:
-                process, info, said = _start(plan, user, theirs.fileno())
+                process, info, said = _start(plan, user, theirs.fileno(), folder)
             undo.callback(process.wait)
-            undo.callback(process.kill)
+            undo.callback(_kill_group, process)
             with open(info), open(said):
                 pid, first = _first_process(info, said)
                 undo.callback(os.close, first)
@@ -217,23 +239,14 @@ class Enclosure:
 
         From any thread; *then* is called in the I/O thread.
         """
-        self._connections -= 1  # kernels have the numbers above zero
-        number = self._connections
-
-        def answered(reply: _Reply | None) -> None:
-            del self._waiting[number]
-            if reply is not None and reply.descriptors:
-                then(reply.descriptors[0], None)
-            else:
-                then(-1, _error_of(reply, path))
-
-        self._waiting[number] = answered
-        self._send({"connect": number, "path": path})
-        self._loop.call_soon(self._forget_waiting_if_over)
+        self._loop.call_soon(lambda: self._connect(path, then))
 
     def out_of_memory_kills(self) -> int:
-        """How often something in it was ended because its memory was used up."""
-        return 0 if self._cgroup is None else self._cgroup.out_of_memory_kills()
+        """How often something in it was ended because its memory was used up, as far as that is known."""
+        if self._cgroup is not None:
+            with contextlib.suppress(OSError):  # it is gone: there are no more
+                self._memory_used_up = self._cgroup.out_of_memory_kills()
+        return self._memory_used_up
 
     @property
     def cgroups(self) -> tuple[str, ...]:
@@ -246,27 +259,44 @@ class Enclosure:
             _kill(self._first)
 
     def remove(self) -> None:
-        """Remove what is left when it is over; blocks.
+        """End it, and remove what is left; blocks.
 
         Raises:
             OSError: something does not end, or cannot be removed.
         """
+        self.kill()
         # When it has ended, so has everything in its PID namespace (pid_namespaces(7)).
         if not select.select([self._first], [], [], _PATIENCE)[0]:
             raise TimeoutError(f"the sandbox's first process does not end within {_PATIENCE:g} s")
         self._process.kill()  # it only waits for the other one
         self._process.wait()
         os.close(self._first)
+        self._control.close()
+        if self.proxy_listener is not None:
+            self.proxy_listener.close()
         if self._cgroup is not None:
             self._cgroup.remove()
 
     # What it tells.
 
+    def _connect(self, path: str, then: Callable[[int, OSError | None], None]) -> None:
+        self._connections -= 1  # kernels have the numbers above zero
+        number = self._connections
+
+        def answered(reply: _Reply | None) -> None:
+            del self._waiting[number]
+            if reply is not None and reply.descriptors:
+                then(reply.descriptors[0], None)
+            else:
+                then(-1, _error_of(reply, path))
+
+        self._waiting[number] = answered
+        self._send({"connect": number, "path": path})
+
     def _ask(self, number: int, message: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         answer: queue.SimpleQueue[_Reply | None] = queue.SimpleQueue()
         self._waiting[number] = answer.put
-        self._send(message, descriptors)
-        self._loop.call_soon(self._forget_waiting_if_over)
+        self._loop.call_soon(lambda: self._send(message, descriptors))
         try:
             reply = answer.get(timeout=_PATIENCE)
         except queue.Empty:
@@ -281,11 +311,13 @@ class Enclosure:
 
     def _send(self, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> None:
         try:
-            socket.send_fds(self._control, [json.dumps(message).encode()], descriptors)
+            if not self.is_over:
+                socket.send_fds(self._control, [json.dumps(message).encode()], descriptors)
         except BlockingIOError:  # it has not read for long: it never will
             self.kill()
         except OSError:  # it is over, which is told
             return
+        self._forget_waiting_if_over()
 
     def _read(self) -> None:
         try:
@@ -356,16 +388,18 @@ def _check_places(plan: Plan) -> None:
                     )
 
 
-def _start(plan: Plan, user: int, control: int) -> tuple[subprocess.Popen[bytes], int, int]:
+def _start(plan: Plan, user: int, control: int, folder: str) -> tuple[subprocess.Popen[bytes], int, int]:
     """The process of bubblewrap, and what to read: its information and its standard error."""
-    with contextlib.ExitStack() as ours:
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as on_failure:
         data = {}
         for path, content in data_files(plan, user).items():
             data[path] = _file_of(content.encode())
             ours.callback(os.close, data[path])
         info, info_write = os.pipe()
+        on_failure.callback(os.close, info)
         ours.callback(os.close, info_write)
         said, said_write = os.pipe()
+        on_failure.callback(os.close, said)
         ours.callback(os.close, said_write)
         command = arguments(
             plan,
@@ -375,20 +409,18 @@ def _start(plan: Plan, user: int, control: int) -> tuple[subprocess.Popen[bytes]
             data=data,
             info=info_write,
         )
-        try:
-            process = subprocess.Popen(
-                [*command, *init_command(control)],
-                pass_fds=[control, info_write, *data.values()],
-                env=environment(),
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=said_write,
-                start_new_session=True,
-            )
-        except BaseException:
-            _close_all((info, said))
-            raise
+        process = subprocess.Popen(
+            [*command, *init_command(control)],
+            pass_fds=[control, info_write, *data.values()],
+            # The first process has another one by the time that code could look at it.
+            env={**environment(), MARK: folder},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said_write,
+            start_new_session=True,
+        )
+        on_failure.pop_all()
     return process, info, said
 
 
@@ -438,6 +470,7 @@ def _configuration(plan: Plan, user: int) -> dict[str, Any]:
         "sizes": {path: (size, _files(size, plan)) for path, size in sizes.items()},
         "owned": owned(plan),
         "scoped": plan.network == "all" and probe().landlock >= SCOPES,
+        "core": CORE,
         "limits": _limits(plan),
         "filter": base64.b64encode(deny_filter()).decode(),
     }
@@ -448,7 +481,7 @@ def _of_cgroups(plan: Plan) -> Bounds:
 
 
 def _limits(plan: Plan) -> dict[str, int]:
-    limits = {"core": 0, "nofile": _OPEN_FILES, **_OF_A_USER}
+    limits = {"nofile": _OPEN_FILES, **_OF_A_USER}
     if plan.bounds.pids is not None:
         limits["nproc"] = plan.bounds.pids
     return limits
@@ -511,6 +544,12 @@ def _said(stderr: int) -> str:
 def _close_all(descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End bubblewrap, and its child that waits for ever where this was ended too early (its issue 633)."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _kill(pidfd: int) -> None:

@@ -21,7 +21,10 @@ from dataclasses import dataclass
 
 from code_sandboxes.errors import SandboxConfigurationError
 
-__all__ = ["deny_filter"]
+__all__ = ["CORE", "deny_filter"]
+
+CORE = 1
+"""Bytes that a core file may have: the limit (``RLIMIT_CORE``) with which nobody is handed one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +212,8 @@ _CLOSER = {
     "clone": (56, 220),
     "ioctl": (16, 29),
     "personality": (135, 92),
+    "prlimit64": (302, 261),
+    "setrlimit": (160, 164),
     "socket": (41, 198),
     "socketpair": (53, 199),
 }
@@ -216,7 +221,6 @@ _CLOSER = {
 _OF_SOMEBODY = {
     "ioprio_set": (251, 30),
     "kill": (62, 129),
-    "prlimit64": (302, 261),
     "sched_setaffinity": (203, 122),
     "sched_setattr": (314, 274),
     "sched_setscheduler": (144, 119),
@@ -234,6 +238,8 @@ _NAMESPACES = 0x7E02_0000  # CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID and NET (l
 _TIOCSTI, _TIOCLINUX, _TIOCSETD = 0x5412, 0x541C, 0x5423
 
 _ASK_PERSONALITY = 0xFFFF_FFFF  # personality(2): tells it and changes nothing
+
+_RLIMIT_CORE = 4  # asm-generic/resource.h
 
 _EVERYBODY = 0xFFFF_FFFF  # -1, of kill(2)
 _SCHED_OTHER = 0  # the policy that nearly all have, and that changes nothing for those
@@ -291,6 +297,7 @@ def deny_filter(
     _check_clone(program)
     _check_ioctl(program)
     _check_personality(program)
+    _check_limit(program, block_others=block_others)
     _check_socket(program, block_inet=block_inet, block_unix=block_unix)
     _check_socketpair(program, block_unix=block_unix)
     if block_others:
@@ -340,6 +347,27 @@ def _check_personality(program: _Program) -> None:
     for persona in (0, _ASK_PERSONALITY):
         program.if_equal(persona, _ALLOW)
     program.answer(_error(errno.EPERM))
+
+
+def _check_limit(program: _Program, *, block_others: bool) -> None:
+    # The limit of a core file is a byte, and must stay that: with it, and with no other, not even none, the
+    # system hands no core to the program that /proc/sys/kernel/core_pattern may name, which runs on the
+    # machine as root (core(5); fs/coredump.c). Whoever asks for none has none: that is no error.
+    program.label("setrlimit")
+    program.load(_argument(0))
+    program.if_equal(_RLIMIT_CORE, _error(0))
+    program.answer(_ALLOW)
+    program.label("prlimit64")
+    program.load(_argument(1))
+    program.unless_equal(_RLIMIT_CORE, "whose limit")
+    for half in (_argument(2), _argument(2) + 4):
+        program.load(half)
+        program.unless_equal(0, _error(0))  # where the new limit is; without one it is only told
+    program.label("whose limit")
+    if block_others:
+        program.load(_argument(0))
+        program.unless_equal(0, _error(errno.EPERM))
+    program.answer(_ALLOW)
 
 
 def _check_socket(program: _Program, *, block_inet: bool, block_unix: bool) -> None:
@@ -392,7 +420,7 @@ def _check_who_is_meant(program: _Program) -> None:
     program.label("sched_setscheduler")
     program.load(_argument(1))
     program.if_equal(_SCHED_OTHER, _ALLOW)  # of whomever: libzmq asks for it, for a thread, or ends itself
-    for label in ("prlimit64", "sched_setaffinity", "sched_setattr"):
+    for label in ("sched_setaffinity", "sched_setattr"):
         program.label(label)
     program.load(_argument(0))
     program.if_equal(0, _ALLOW)

@@ -415,6 +415,7 @@ _ERRORS: Mapping[str, type[Exception]] = {
     "unknown": UnknownSandboxError,
     "gone": GoneError,
     "value": ValueError,
+    "configuration": SandboxConfigurationError,
     "connection": SandboxConnectionError,
 }
 

@@ -20,6 +20,7 @@ from code_sandboxes.isolation.egress import the_egress
 from code_sandboxes.isolation.enclosure import Enclosure
 from code_sandboxes.isolation.landlock import landlocked
 from code_sandboxes.isolation.plan import Plan
+from code_sandboxes.isolation.seccomp import CORE
 from code_sandboxes.keeper.connections import (
     Handover,
     connection_file,
@@ -53,7 +54,7 @@ LEASE = "process"
 _KEPT_STDERR = 16 * 1024
 
 # Of a kernel that is no enclosure's: as one in it has them.
-_LIMITS = {"core": 0, "nofile": 4096}
+_LIMITS = {"core": CORE, "nofile": 4096}
 
 _NO_JOURNAL = ("", 0, 0)
 
@@ -210,9 +211,6 @@ def start_confined(
     folder.mkdir(mode=0o700)
     temporary = home / "tmp"
     temporary.mkdir(mode=0o700, exist_ok=True)
-    if plan.user >= 0:
-        for each in (home, temporary):
-            os.chown(each, plan.user, plan.user)
     with (
         handed_over(folder, launch.get("key"), renumbered=False) as handover,
         contextlib.ExitStack() as stack,
@@ -224,8 +222,6 @@ def start_confined(
             writable=[str(home)],
             limits=_LIMITS,
             block_inet=plan.network == "none",
-            uid=plan.user,
-            gid=plan.user,
         )
         stack.callback(os.close, document)
         process = subprocess.Popen(
@@ -265,7 +261,7 @@ def start_enclosed(
     with handed_over(folder, launch.get("key"), renumbered=True) as handover:
         command = _filled_in(launch["command"], handover.connection_file)
         kernel = enclosure.start_kernel(number, command, environment, cwd, {}, handover.descriptors)
-    return _of(EnclosedLeader(enclosure, kernel), folder, handover)
+    return _of(EnclosedLeader(kernel), folder, handover)
 
 
 def _start_relayed(
@@ -299,7 +295,7 @@ def _start_relayed(
         for relay in relays:
             relay.close()
 
-    leader = EnclosedLeader(enclosure, kernel)
+    leader = EnclosedLeader(kernel)
     return HostedKernel(leader, read, folder, listening.connection, _NO_JOURNAL, close)
 
 

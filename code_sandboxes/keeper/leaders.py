@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable
 from typing import Protocol
 
-from code_sandboxes.isolation.enclosure import EnclosedKernel, Enclosure
+from code_sandboxes.isolation.enclosure import EnclosedKernel
 from code_sandboxes.reaper import Reaper
 from code_sandboxes.transports.loop import Loop
 
@@ -98,10 +98,8 @@ class ChildLeader:
 class EnclosedLeader:
     """A process in an enclosure."""
 
-    def __init__(self, enclosure: Enclosure, kernel: EnclosedKernel) -> None:
-        self._enclosure = enclosure
+    def __init__(self, kernel: EnclosedKernel) -> None:
         self._kernel = kernel
-        self._memory_used_up = enclosure.out_of_memory_kills()
 
     def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
         self._kernel.watch(ended)
@@ -113,19 +111,11 @@ class EnclosedLeader:
         return self._kernel.status
 
     def why_ended(self) -> str:
-        if self._kernel.status not in (None, -signal.SIGKILL):
-            return ""
-        reasons = []
-        if self._enclosure.out_of_memory_kills() > self._memory_used_up:
-            memory = (self._enclosure.plan.bounds.memory or 0) / 1024**2
-            reasons.append(f"the sandbox used up its memory of {memory:g} MiB")
-        if self._kernel.status is None:
-            reasons.append("the whole sandbox was ended, and its files with it")
-        return "; ".join(reasons)
+        return self._kernel.why_ended
 
     @property
     def leaves_nothing(self) -> bool:
-        return self._enclosure.is_over
+        return self._kernel.has_ended_with_all
 
     def abort(self) -> None:
-        self._enclosure.kill()
+        self._kernel.signal(signal.SIGKILL)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from code_sandboxes.keeper import lines
 
-__all__ = ["folder_prefix", "locked", "log_of", "peer_of"]
+__all__ = ["folder_prefix", "is_elsewhere", "locked", "log_of", "peer_of"]
 
 # SO_PEERCRED (unix(7)): the other side's process, user and group as they were when it connected.
 _PEER = struct.Struct("3i")
@@ -50,3 +50,13 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
         pid, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         return pid, uid
     return 0, os.geteuid()  # macOS: nobody else can enter the folder that the socket is in
+
+
+def is_elsewhere(pid: int) -> bool:
+    """Has it another PID namespace, as code in a sandbox has, to which somebody has shown the socket?"""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid") != os.readlink("/proc/self/ns/pid")
+    except FileNotFoundError:  # it is gone; or nobody tells: macOS, which has no namespaces
+        return False
+    except PermissionError:  # it is not like this process, or it would not be refused (ptrace(2))
+        return True

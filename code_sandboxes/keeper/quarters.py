@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,9 @@ _log = logging.getLogger(__name__)
 
 CGROUPS = "cgroups"
 """The file in a sandbox's folder that names those of its enclosure, one a line."""
+
+
+Started = Callable[["HostedKernel | None", "Exception | None"], None]
 
 
 class _Host(Protocol):
@@ -51,6 +55,7 @@ class Quarters:
         self._proxy: Service | None = None
         self._log = NetworkLog()
         self._under_way = 0
+        self._failure: Exception | None = None
         self._is_ending = False
         self.home.mkdir(mode=0o700)
 
@@ -63,30 +68,27 @@ class Quarters:
         """Begin to make what there has to be before a kernel can start."""
         if self.plan.method == "bubblewrap":
             self._under_way += 1
-            self._host.loop.run_blocking(self._enclosed, lambda _, error: self._done(error))
+            self._host.loop.run_blocking(self._try_to_enclose, self._done)
 
-    def start(self, number: int, launch: Mapping[str, Any]) -> HostedKernel:
-        """Start a kernel; blocks, in the worker thread.
+    def start(self, number: int, launch: Mapping[str, Any], then: Started) -> None:
+        """Start a kernel, and call *then* with it, or with an error.
 
         Args:
             number: no other kernel has it.
             launch: how: see :func:`start_kernel`.
-
-        Raises:
-            OSError: there is no such program or directory, or something is missing to start it.
-            EnclosureError: there can be no enclosure.
         """
-        folder = self._folder / str(number)
-        self.home.mkdir(mode=0o700, exist_ok=True)
-        try:
-            if self.plan.method == "bubblewrap":
-                return start_enclosed(self._enclosed(), number, folder, launch)
-            if self.plan.method == "landlock":
-                return start_confined(folder, launch, self.home, self._host.reaper, self.plan)
-            return start_kernel(folder, launch, self.home, self._host.reaper)
-        except BaseException:
-            remove_tree(str(folder))
-            raise
+        loop = self._host.loop
+        if self.plan.method != "bubblewrap":
+            loop.run_blocking(lambda: self._start(number, launch), then)
+            return
+
+        def enclosed(enclosure: Enclosure | None, error: Exception | None) -> None:
+            if enclosure is None:
+                then(None, error)
+            else:  # apart: code that is in there already can hold it up, and must hold up nobody else
+                loop.run_blocking(lambda: self._start(number, launch, enclosure), then, apart=True)
+
+        loop.run_blocking(self._enclosed, enclosed)
 
     def end(self) -> None:
         """End what there is; *emptied* is called when it is gone."""
@@ -98,24 +100,67 @@ class Quarters:
         """What was tried to reach, as far as the proxy was asked."""
         return [asdict(attempt) for attempt in self._log.attempts()]
 
+    def _start(
+        self, number: int, launch: Mapping[str, Any], enclosure: Enclosure | None = None
+    ) -> HostedKernel:
+        """Blocks.
+
+        Raises:
+            OSError: there is no such program or directory, or something is missing to start it.
+            EnclosureError: the enclosure is over.
+        """
+        # What was there before, code may have removed or closed since.
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._folder.chmod(0o700)
+        self.home.mkdir(mode=0o700, exist_ok=True)
+        folder = self._folder / str(number)
+        try:
+            if enclosure is not None:
+                return start_enclosed(enclosure, number, folder, launch)
+            if self.plan.method == "landlock":
+                return start_confined(folder, launch, self.home, self._host.reaper, self.plan)
+            return start_kernel(folder, launch, self.home, self._host.reaper)
+        except BaseException:
+            remove_tree(str(folder))
+            raise
+
+    def _try_to_enclose(self) -> None:
+        try:
+            self._enclosed()
+        except Exception as error:  # whoever wants to start a kernel is told
+            self._failure = error
+
     def _enclosed(self) -> Enclosure:
         """The enclosure, which is made if there is none; in the worker thread.
 
         Raises:
+            SandboxConfigurationError: it cannot be as it is planned.
             EnclosureError: it cannot be made.
         """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         if self._is_ending:
             raise EnclosureError("the sandbox has ended")
         if self._enclosure is None or self._enclosure.is_over:
-            name = f"{os.getpid()}-{self._folder.parent.name}-{self._host.next_number()}"
-            cgroups = Enclosure.cgroups_of(name, self.plan)
-            # First, so that they go even if this process is killed as it makes them.
-            (self._folder / CGROUPS).write_text("".join(f"{path}\n" for path in cgroups))
-            self._host.reaper.guard_cgroups(cgroups)
-            enclosure = self._enclosure = Enclosure.make(self._host.loop, self.plan, name)
-            self._host.reaper.guard_group(enclosure.pid)
-            self._host.loop.call_soon(lambda: self._use(enclosure))
+            self._enclosure = self._make()
         return self._enclosure
+
+    def _make(self) -> Enclosure:
+        loop, reaper = self._host.loop, self._host.reaper
+        name = f"{os.getpid()}-{self._folder.parent.name}-{self._host.next_number()}"
+        cgroups = Enclosure.cgroups_of(name, self.plan)
+        # First, so that they go even if this process is killed as it makes them.
+        (self._folder / CGROUPS).write_text("".join(f"{path}\n" for path in cgroups))
+        with ExitStack() as undo:
+            reaper.guard_cgroups(cgroups)
+            undo.callback(reaper.release_cgroups, cgroups)
+            enclosure = Enclosure.make(loop, self.plan, name, str(self._folder))
+            undo.callback(enclosure.remove)
+            reaper.guard_group(enclosure.pid)
+            undo.pop_all()
+        loop.call_soon(lambda: self._use(enclosure))
+        return enclosure
 
     def _use(self, enclosure: Enclosure) -> None:
         enclosure.watch(lambda: self._over(enclosure))
@@ -145,12 +190,12 @@ class Quarters:
         def removed(_: object, error: Exception | None) -> None:
             self._host.reaper.release_group(enclosure.pid)
             self._host.reaper.release_cgroups(enclosure.cgroups)
-            self._done(error)
+            self._done(None, error)
 
         self._host.loop.run_blocking(enclosure.remove, removed, apart=True)
 
-    def _done(self, error: Exception | None) -> None:
+    def _done(self, _: None, error: Exception | None) -> None:
         self._under_way -= 1
-        if error is not None:  # whoever needs it will be told
-            _log.error("an enclosure could not be made, or removed: %s", error)
+        if error is not None:
+            _log.error("an enclosure could not be removed: %s", error)
         self._emptied()

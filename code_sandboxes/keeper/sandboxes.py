@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from code_sandboxes.errors import SandboxConfigurationError
 from code_sandboxes.isolation.plan import Plan
 from code_sandboxes.keeper.kernels import HostedKernel, Observer, descriptors_left
 from code_sandboxes.keeper.leftovers import Leftovers
@@ -318,18 +319,14 @@ class KeptSandbox:
 
     def _start(self, context: _Context, launch: Mapping[str, Any]) -> None:
         number = self._host.next_number()
-        launch = {**launch, "key": context.about.get("key")}
-
-        def start() -> HostedKernel:
-            # What was there before, code may have removed or closed since.
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            self._folder.chmod(0o700)
-            return self._quarters.start(number, launch)
-
         context.is_launching = True
         self._launching += 1
         context.interrupt_mode = launch["interrupt_mode"]
-        self._loop.run_blocking(start, lambda kernel, error: self._started(context, number, kernel, error))
+        self._quarters.start(
+            number,
+            {**launch, "key": context.about.get("key")},
+            lambda kernel, error: self._started(context, number, kernel, error),
+        )
 
     def _started(
         self, context: _Context, number: int, kernel: HostedKernel | None, error: Exception | None
@@ -339,8 +336,9 @@ class KeptSandbox:
         self._launching -= 1
         if kernel is None:
             why = f"the kernel {context.about['kernel_name']!r} could not be started: {error}"
+            kind = "configuration" if isinstance(error, SandboxConfigurationError) else "connection"
             for _, reply in waiting:
-                reply({"error": {"kind": "connection", "text": why}})
+                reply({"error": {"kind": kind, "text": why}})
             self._check_end()
             return
         context.kept = kept = self._running[number] = _Kept(self.id, number, kernel)

@@ -29,7 +29,7 @@ from typing import Any
 from code_sandboxes.keeper.kernels import LEASE, raise_descriptor_limit
 from code_sandboxes.keeper.leftovers import Leftovers
 from code_sandboxes.keeper.lines import PROTOCOL, Lines, start_time
-from code_sandboxes.keeper.places import folder_prefix, locked, log_of, peer_of
+from code_sandboxes.keeper.places import folder_prefix, is_elsewhere, locked, log_of, peer_of
 from code_sandboxes.keeper.quarters import CGROUPS
 from code_sandboxes.keeper.sandboxes import KeptSandbox, RefusedError, Reply
 from code_sandboxes.reaper import Reaper, end_cgroups, end_marked, remove_tree
@@ -68,6 +68,8 @@ class _Connection:
             self._pidfd = -1
         if start_time(self._pid) != began:
             raise RefusedError("connection", f"process {self._pid} is not the one that connected")
+        if is_elsewhere(self._pid):
+            raise RefusedError("connection", f"process {self._pid} is in a sandbox, or a container")
         self.is_introduced = True
 
     def tell(self, event: Mapping[str, object]) -> None:

@@ -136,6 +136,10 @@ class Variant(ABC):
     def prepare(self, record: Record, audience: Audience) -> None:
         """Make what all kernels of the sandbox share, and see to it that its lifetime ends; may block."""
 
+    def warn(self) -> None:
+        """Tell the caller what to know of it, as a warning; after :meth:`prepare`, in the caller's thread."""
+        return
+
     @abstractmethod
     def launcher(self, spec: ContextSpec) -> Callable[[], KernelProcess]:
         """What starts the kernel of a context, again and again; it is called in the worker thread."""

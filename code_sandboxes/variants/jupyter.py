@@ -78,9 +78,8 @@ class LocalJupyter(Variant):
         # It takes as long to start as the kernelspecs take to be found: it does so meanwhile.
         the_loop().run_blocking(self._keeper.start, lambda *_: None)
         self._kernel_name = kernel_named(options.get("kernel_name"))
-        self._plan = plan_of(config, options, self._startable().values(), self.refuse)
-        if self._plan.method == "none" and options.get("isolation") != "none":
-            _warn_once(why_not("bubblewrap"))
+        self._options = options
+        self._plan: Plan | None = None
         self._sandbox_id = ""
         self._home = ""
         self._record: dict[str, Any] = {}
@@ -108,7 +107,7 @@ class LocalJupyter(Variant):
 
     @property
     def own_capabilities(self) -> Capabilities:
-        return _capabilities(self._plan.method)
+        return _capabilities(self.plan.method)
 
     def _startable(self) -> Mapping[str, InstalledKernel]:
         """The kernels that can be started, by name."""
@@ -116,12 +115,22 @@ class LocalJupyter(Variant):
 
     @property
     def plan(self) -> Plan:
-        """How it is isolated."""
+        """How it is isolated; the first time it takes a while to find out.
+
+        Raises:
+            SandboxConfigurationError: something that was asked for cannot be enforced.
+        """
+        if self._plan is None:
+            self._plan = plan_of(self.config, self._options, self._startable().values(), self.refuse)
         return self._plan
+
+    def warn(self) -> None:
+        if self.plan.method == "none" and self._options.get("isolation") != "none":
+            _warn_once(why_not("bubblewrap"))
 
     @property
     def isolation(self) -> str:
-        return describe(self._plan)
+        return describe(self.plan)
 
     @property
     def max_output(self) -> int:
@@ -159,7 +168,7 @@ class LocalJupyter(Variant):
                 "max_output": self._max_output,
             },
             "tags": dict(record.tags),
-            "plan": self._plan.as_json(),
+            "plan": self.plan.as_json(),
             "idle_timeout": self.config.idle_timeout or None,
         }
         if record.time_left is not None:
@@ -230,7 +239,7 @@ class LocalJupyter(Variant):
         record, about = _record_of(found), found["about"]
         config = SandboxConfig(**record.settings)
         # What was checked when it was made is not checked again: a directory may be gone by now.
-        variant = cls(SandboxConfig(), {"isolation": "none"})
+        variant = cls(SandboxConfig(), {})
         variant.config = config
         variant._kernel_name, variant._max_output = about["kernel_name"], about["max_output"]
         variant._sandbox_id, variant._home, variant._early = record.id, found["home"], early
@@ -308,7 +317,7 @@ class LocalJupyter(Variant):
         self._ask("lifetime", seconds=seconds, reason=why)
 
     def network_log(self) -> list[NetworkAttempt]:
-        if self._plan.network == "all":
+        if self.plan.network == "all":
             raise self.refuse(
                 "tell what the sandbox tried to reach",
                 "it uses the machine's network; with network_policy='none' or 'allowlist' it is watched",
@@ -358,7 +367,7 @@ class LocalJupyter(Variant):
         kernel = self._startable().get(spec.kernel_name)
         if kernel is None:
             raise SandboxConnectionError(f"there is no kernelspec {spec.kernel_name!r} for this program")
-        return launch_of(kernel, spec, self._plan, self._home, self.config.env_vars)
+        return launch_of(kernel, spec, self.plan, self._home, self.config.env_vars)
 
 
 def _capabilities(isolation: Method) -> Capabilities:

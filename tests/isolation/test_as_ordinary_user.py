@@ -25,7 +25,7 @@ MODULES = ("test_attacks.py", "test_leftovers.py", "test_limits.py")
 @pytest.fixture(scope="module")
 def somebody() -> Iterator[OrdinaryUser]:
     if os.geteuid() != 0:
-        not_here("this is an ordinary user, so nobody runs these tests as root")
+        pytest.skip("this is an ordinary user, so nobody has run the tests of isolation as root")
     needs_isolation("bubblewrap")
     folder = Path(tempfile.mkdtemp(prefix="cs-user"))
     try:
@@ -40,13 +40,15 @@ def somebody() -> Iterator[OrdinaryUser]:
 @pytest.mark.parametrize("module", MODULES)
 def test_it_is_the_same_for_an_ordinary_user(somebody: OrdinaryUser, module: str) -> None:
     report = somebody.folder / "home" / f"{module}.xml"
-    options = ("-q", "-p", "no:cacheprovider", "--junitxml", str(report))
+    # What the program makes of a kernel's end is the same whoever has it: rows 57 and 58.
+    options = ("-q", "-p", "no:cacheprovider", "--junitxml", str(report), "-k", "not row_57 and not row_58")
 
     done = somebody.run("-m", "pytest", *options, f"tests/isolation/{module}", timeout=280)
 
-    suite = ElementTree.parse(report).getroot()[0] if report.exists() else {}
-    if skipped := [each.get("message", "") for each in getattr(suite, "iter", list)("skipped")]:
-        print(f"{len(skipped)} not run: {', '.join(sorted(set(skipped)))}")
     assert done.returncode == 0, done.stdout[-8000:]
+    suite = ElementTree.parse(report).getroot()[0]
+    skipped = sorted({each.get("message", "") for each in suite.iter("skipped")})
     if int(suite.get("skipped", 0)) == int(suite.get("tests", 0)):
-        pytest.skip(f"none of them can be run by an ordinary user here: {', '.join(sorted(set(skipped)))}")
+        pytest.skip(f"none of them can be run by an ordinary user here: {', '.join(skipped)}")
+    if skipped:
+        print(f"{suite.get('skipped')} were not run: {', '.join(skipped)}")

@@ -62,11 +62,11 @@ def all_well(neighbour: Sandbox) -> Iterator[None]:
 pytestmark = pytest.mark.usefixtures("all_well")
 
 
-def take(sandbox: Sandbox, code: str, **settings: float) -> ExecutionResult:
+def take(sandbox: Sandbox, code: str, timeout: float | None = None) -> ExecutionResult:
     """The result of *code*; that there is something printed first lets it print without a descriptor left."""
     ready = sandbox.run_code("import os, resource, subprocess, sys, threading, time; print('ready')")
     assert ready.stdout == "ready"
-    return sandbox.run_code(code, **settings)
+    return sandbox.run_code(code, timeout=timeout)
 
 
 def works(sandbox: Sandbox) -> bool:

@@ -80,7 +80,10 @@ def ordinary_user(folder: Path) -> OrdinaryUser:
     python = _python_of_everybody()
     folder.chmod(0o755)
     venv = folder / "venv"
-    subprocess.run([python, "-m", "venv", "--without-pip", str(venv)], check=True, cwd="/")
+    command = [python, "-m", "venv", "--without-pip", str(venv)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise NoInterpreterError(f"{python} makes no virtual environment: {made.stdout}{made.stderr}")
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     for each in _with_requirements(_NEEDED):
         _copy(each, venv / "lib" / version / "site-packages")
@@ -97,7 +100,7 @@ def _python_of_everybody() -> str:
         NoInterpreterError: there is none.
     """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    candidates = (sys.executable, sys._base_executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}")
+    candidates = (os.path.realpath(sys.executable), f"/usr/bin/{version}", f"/usr/local/bin/{version}")
     for path in candidates:
         real = Path(path).resolve()
         if real.exists() and all(parent.stat().st_mode & 0o001 for parent in real.parents):
