@@ -26,6 +26,8 @@ from typing import Any
 # Where the proxy of the host listens; nothing else can, as its socket stays open as long as the sandbox.
 PROXY = ("127.0.0.1", 3128)
 
+SHARED_MEMORY = "/dev/shm"
+
 # Bytes of a message; what is longer comes as a descriptor.
 LONGEST = 65536
 MOST_DESCRIPTORS = 16
@@ -112,19 +114,25 @@ class Init:
         Raises:
             OSError: it could not be started.
         """
+        pid = -1
         read, write = os.pipe()  # which execve(2) closes, so that nothing in it means success
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(read)
+            raise
+        finally:
+            if pid != 0:
+                os.close(write)
         if pid == 0:
             become(document, descriptors, self.limits, self.confine, write, self.control.fileno())
-        os.close(write)
         failure = self.hear(read)
         if failure is None:
             os.kill(pid, signal.SIGKILL)
             failure = json.dumps([errno.ETIME, document["argv"][0]]).encode()
         if failure:
             os.waitpid(pid, 0)
-            code, path = json.loads(failure)
-            raise OSError(code, os.strerror(code), path)
+            raise error_in(failure)
         return pid
 
     def hear(self, read: int) -> bytes | None:
@@ -210,6 +218,15 @@ def become(
         os._exit(127)
 
 
+def error_in(failure: bytes) -> OSError:
+    """What a child has said; others in the sandbox may have written in its place."""
+    try:
+        code, path = json.loads(failure)
+        return OSError(int(code), os.strerror(int(code)), str(path))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return OSError(errno.EIO, "what started there did not say what it was to say")
+
+
 def put_in_place(descriptors: list[int], failure: int) -> int:
     """Standard input and output to nowhere, *descriptors* from 2 on; where *failure* is now."""
     import fcntl
@@ -284,6 +301,18 @@ def check_mounted(target: str, identity: list[int]) -> None:
         raise OSError(errno.ESTALE, f"what is mounted at {target} was replaced since the sandbox was made")
 
 
+def give(path: str, uid: int) -> None:
+    """Let a folder belong to *uid*.
+
+    Raises:
+        OSError: it is none that was made for the sandbox.
+    """
+    made = {os.stat(folder).st_dev for folder in ("/", SHARED_MEMORY)}
+    if os.stat(path).st_dev not in made:
+        raise OSError(errno.EXDEV, f"{path} is none of the sandbox's own folders")
+    os.chown(path, uid, uid)
+
+
 def configure(config: dict[str, Any], confine: Any) -> socket.socket | None:
     """Be as little as a kernel needs; returns the socket for the proxy.
 
@@ -307,7 +336,7 @@ def configure(config: dict[str, Any], confine: Any) -> socket.socket | None:
     else:
         confine.make_read_only("/proc/sys")
         for path in config["owned"]:
-            os.chown(path, config["uid"], config["uid"])
+            give(path, config["uid"])
         confine.drop_privileges(config["uid"], config["uid"])
     confine.hide()
     confine.no_new_privileges()
