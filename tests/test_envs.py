@@ -12,7 +12,7 @@ from conftest import MakeSandbox
 
 ISOLATED = True
 FAST_VARIANT = "local-jupyter"
-EVERY_FRONT = True
+EVERY_FRONT = ("blocking", "async")
 
 needs_environment = pytest.mark.needs("environment")
 

@@ -968,10 +968,10 @@ def test_a_keeper_that_is_asked_to_end_ends_everything_first(folder: Path) -> No
 
 
 @pytest.mark.slow
-def test_program_and_keeper_killed_at_once_50_times_leave_nothing(
+def test_program_and_keeper_killed_at_once_20_times_leave_nothing(
     start_program: StartProgram, folder: Path
 ) -> None:
-    for i in range(50):
+    for i in range(20):
         program = start_program()
         program.begin("""
             print('go', flush=True)
