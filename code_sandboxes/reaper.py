@@ -39,6 +39,9 @@ _PERSISTENCE = 3.0
 # One that forks and ends while a look is on is missed by it, and so is its child: that is for the next look.
 _LOOKS_IN_VAIN = 3
 
+# How long one may take that was only forked when its parent was killed to be the program that it was to be.
+_NEWBORN = 0.25
+
 # How many to kill before waiting for their end: each takes a descriptor.
 _AT_ONCE = 200
 
@@ -139,7 +142,7 @@ def main(program: int) -> None:
     line = _last_line(program)
     if line:
         left = json.loads(line)
-        _end(left["groups"], left["folders"], left["cgroups"])
+        _end(left["groups"], left["folders"], left["cgroups"], was_killed=os.getppid() != program)
 
 
 def _last_line(program: int) -> bytes:
@@ -166,7 +169,7 @@ def _last_line(program: int) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def _end(groups: list[int], folders: list[str], cgroups: list[str]) -> None:
+def _end(groups: list[int], folders: list[str], cgroups: list[str], *, was_killed: bool) -> None:
     with contextlib.suppress(OSError):  # the rest must go all the same
         end_cgroups(cgroups)
     for group in groups:
@@ -174,6 +177,9 @@ def _end(groups: list[int], folders: list[str], cgroups: list[str]) -> None:
             os.killpg(group, signal.SIGKILL)
     with contextlib.suppress(OSError):  # the folders must go all the same
         end_marked(folders)
+        if was_killed:  # what it had just forked has its mark only after execve(2)
+            time.sleep(_NEWBORN)
+            end_marked(folders)
     for folder in folders:
         with contextlib.suppress(OSError):  # the next one must go all the same
             remove_tree(folder)

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from code_sandboxes.isolation.plan import Plan
+from code_sandboxes.isolation.system import MERGED, UNMERGED
 
 __all__ = [
     "HOME",
+    "INIT",
     "SHARED_MEMORY",
     "USER",
     "arguments",
@@ -26,7 +28,7 @@ __all__ = [
     "owned",
 ]
 
-_INIT = str(Path(__file__).parent.parent / "guest" / "init.py")
+INIT = str(Path(__file__).parent.parent / "guest" / "init.py")
 
 HOME = "/home/sandbox"
 
@@ -40,9 +42,8 @@ _DATA = "/data"
 # What is the code's own; all of it in the tmpfs that is the root.
 _FOLDERS = ("/tmp", "/var/tmp", "/run", HOME, _DATA)
 
-# A name here is the start of a path there: what programs need to start, and nothing that says much.
-_SYSTEM = ("/usr", "/nix/store", "/gnu/store")
-_MERGED = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+# A name here is the start of a path there: what programs need to start, and nothing that says much. It is
+# less than where there is no enclosure (landlock.py): who there is, and how names are resolved, is written.
 _ETC = (
     "alternatives",
     "ca-certificates",
@@ -77,15 +78,14 @@ def environment() -> dict[str, str]:
     return {"PATH": "/usr/local/bin:/usr/bin:/bin"}
 
 
-def data_files(plan: Plan, uid: int) -> dict[str, str]:
+def data_files(plan: Plan, uid: int) -> dict[str, bytes]:
     """Files that are not this machine's, by their path in the enclosure."""
-    files = {
-        "/etc/passwd": f"root:x:0:0::/root:/usr/sbin/nologin\nsandbox:x:{uid}:{uid}::{HOME}:/bin/sh\n",
-        "/etc/group": f"root:x:0:\nsandbox:x:{uid}:\n",
-    }
+    users = f"root:x:0:0::/root:/usr/sbin/nologin\nsandbox:x:{uid}:{uid}::{HOME}:/bin/sh\n"
+    groups = f"root:x:0:\nsandbox:x:{uid}:\n"
+    files = {"/etc/passwd": users.encode(), "/etc/group": groups.encode()}
     if plan.network == "all":
-        return files | {path: Path(path).read_text() for path in _RESOLVING if os.path.isfile(path)}
-    return files | {"/etc/hosts": "127.0.0.1 localhost sandbox\n::1 localhost\n"}
+        return files | {path: Path(path).read_bytes() for path in _RESOLVING if os.path.isfile(path)}
+    return files | {"/etc/hosts": b"127.0.0.1 localhost sandbox\n::1 localhost\n"}
 
 
 def arguments(
@@ -135,11 +135,11 @@ def _root(size: int, shared_memory: int) -> Iterator[str]:
 
 
 def _system(data: dict[str, int]) -> Iterator[str]:
-    for folder in _SYSTEM:
+    for folder in UNMERGED:
         if os.path.isdir(folder):
             yield from _parents(folder)
             yield from ("--ro-bind", folder, folder)
-    for folder in _MERGED:
+    for folder in MERGED:
         if os.path.islink(folder):
             yield from ("--symlink", os.readlink(folder), folder)
         elif os.path.isdir(folder):
@@ -179,6 +179,7 @@ def owned(plan: Plan) -> list[str]:
     return [folder for folder in folders if not is_mounted(plan, folder)]
 
 
-def init_command(control: int) -> Sequence[str]:
+def init_command(plan: Plan, control: int) -> Sequence[str]:
     """The first process of an enclosure; *control* is its end of the socket to the host."""
-    return (sys.executable, "-I", "-S", _INIT, str(control))
+    # The program's: the keeper may be another installation's, which is not to be seen in there.
+    return (plan.python or sys.executable, "-I", "-S", plan.first or INIT, str(control))

@@ -25,7 +25,16 @@ from code_sandboxes.errors import SandboxConfigurationError
 from code_sandboxes.isolation.plan import Bounds
 from code_sandboxes.reaper import CGROUP, end_cgroups, kill_cgroup
 
-__all__ = ["CONTROLLERS", "PROGRAMS", "Cgroup", "Controller", "enforceable", "folders_of", "make"]
+__all__ = [
+    "CONTROLLERS",
+    "LEAST_CPU",
+    "PROGRAMS",
+    "Cgroup",
+    "Controller",
+    "enforceable",
+    "folders_of",
+    "make",
+]
 
 Controller = Literal["memory", "cpu", "pids"]
 
@@ -37,6 +46,9 @@ PROGRAMS = "code-sandboxes.programs"
 # Microseconds in which a share of the CPUs is given, the kernel's default; and the least it gives.
 _PERIOD = 100_000
 _LEAST_QUOTA = 1_000
+
+LEAST_CPU = _LEAST_QUOTA / _PERIOD
+"""The least that a sandbox can be limited to, as a number of CPUs."""
 
 # How long what was killed may take to be gone, in seconds.
 _PATIENCE = 5.0

@@ -115,7 +115,7 @@ class EnclosedKernel:
         reasons = []
         if self._enclosure.out_of_memory_kills() > self._memory_used_up:
             memory = (self._enclosure.plan.bounds.memory or 0) / 1024**2
-            reasons.append(f"the sandbox used up its memory of {memory:g} MiB")
+            reasons.append(f"the sandbox used up its memory of {memory:g} MiB, in which its files lie, too")
         if self.status is None:
             reasons.append("the whole sandbox was ended, and its files with it")
         return "; ".join(reasons)
@@ -393,7 +393,7 @@ def _start(plan: Plan, user: int, control: int, folder: str) -> tuple[subprocess
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as on_failure:
         data = {}
         for path, content in data_files(plan, user).items():
-            data[path] = _file_of(content.encode())
+            data[path] = _file_of(content)
             ours.callback(os.close, data[path])
         info, info_write = os.pipe()
         on_failure.callback(os.close, info)
@@ -403,14 +403,14 @@ def _start(plan: Plan, user: int, control: int, folder: str) -> tuple[subprocess
         ours.callback(os.close, said_write)
         command = arguments(
             plan,
-            program=probe().bubblewrap_path,
+            program=plan.program or probe().bubblewrap_path,
             as_root=user != USER,
             sizes=_sizes(plan),
             data=data,
             info=info_write,
         )
         process = subprocess.Popen(
-            [*command, *init_command(control)],
+            [*command, *init_command(plan, control)],
             pass_fds=[control, info_write, *data.values()],
             # The first process has another one by the time that code could look at it.
             env={**environment(), MARK: folder},

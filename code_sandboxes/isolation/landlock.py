@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from code_sandboxes.isolation.seccomp import deny_filter
+from code_sandboxes.isolation.system import SYSTEM
 
 __all__ = ["NOT_ENFORCED", "landlocked", "not_enforced", "why_not"]
 
@@ -34,7 +35,7 @@ _CONFINE = str(Path(__file__).parent.parent / "guest" / "confine.py")
 _NEEDED, _WITH_SIGNALS = 3, 6
 
 # What programs need to start, and nothing that is a secret: no shadow, no private keys, no machine-id.
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/gnu/store")
+# It is more than in an enclosure (bubblewrap.py): there some of these files are written for it.
 _ETC = (
     "alternatives",
     "ca-certificates",
@@ -151,5 +152,5 @@ def landlocked(
 def _system() -> list[str]:
     """What of the system there is on this machine."""
     below = {"/etc": _ETC, "/proc": _PROC, "/sys": _SYS}
-    paths = [*_SYSTEM, *(f"{folder}/{name}" for folder, names in below.items() for name in names)]
+    paths = [*SYSTEM, *(f"{folder}/{name}" for folder, names in below.items() for name in names)]
     return [path for path in paths if os.path.exists(path)]

@@ -26,22 +26,24 @@ class Mount:
         target: its path in the sandbox, absolute.
         identity: its device and number when it was chosen (stat(2)), as something else may be at its path
             later; None where that does not matter.
+        is_asked_for: by the sandbox's user; the others are what its kernels are installed in.
     """
 
     source: str
     target: str
     writable: bool = False
     identity: tuple[int, int] | None = None
+    is_asked_for: bool = False
 
     @classmethod
-    def of(cls, source: str, target: str, *, writable: bool = False) -> Mount:
+    def of(cls, source: str, target: str, *, writable: bool = False, is_asked_for: bool = False) -> Mount:
         """What is at *source* now.
 
         Raises:
             OSError: nothing is.
         """
         status = os.stat(source)
-        return cls(source, target, writable, (status.st_dev, status.st_ino))
+        return cls(source, target, writable, (status.st_dev, status.st_ino), is_asked_for)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Mount:
@@ -73,7 +75,9 @@ class Plan:
         network: ``"all"``: the machine's; ``"none"`` and ``"allowlist"``: one of its own with a loopback, in
             which *allowed_hosts* can be reached, through a proxy.
         working_dir: where code starts, a path in the sandbox.
-        user: who the code is, without an enclosure; -1 for the keeper's own.
+        program: the path of bubblewrap, if that is the method: the one that was found to work.
+        python: the interpreter for what this library runs in the sandbox.
+        first: the path of what runs there first, ``guest/init.py``.
     """
 
     method: Method
@@ -82,7 +86,9 @@ class Plan:
     network: Network = "all"
     allowed_hosts: tuple[str, ...] = ()
     working_dir: str = "/workspace"
-    user: int = -1
+    program: str = ""
+    python: str = ""
+    first: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -127,7 +127,7 @@ def _run_bubblewrap(path: str) -> tuple[int, str]:
         for name, content in data_files(plan, 1).items():
             data[name] = _memory_file(content)
             opened.callback(os.close, data[name])
-        info = _memory_file("")
+        info = _memory_file(b"")
         opened.callback(os.close, info)
         command = arguments(plan, program=path, as_root=as_root, sizes=(_SIZE, _SIZE), data=data, info=info)
         return _run([*command, "true"], pass_fds=(info, *data.values()))
@@ -153,9 +153,9 @@ def _run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str]:
     return ended.returncode, said[-300:].removeprefix("bwrap: ")
 
 
-def _memory_file(content: str) -> int:
+def _memory_file(content: bytes) -> int:
     fd = os.memfd_create("code_sandboxes")
-    os.write(fd, content.encode())
+    os.write(fd, content)
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
 

@@ -69,6 +69,11 @@ _REFUSED = (
         },
     ),
     _Group(
+        "gives a file a mode that stands in memory, where nobody can look at it before",
+        errno.ENOSYS,
+        {"openat2": (437, 437)},
+    ),
+    _Group(
         "is shared by everybody on the machine: keys, and the number of pending asynchronous reads",
         errno.ENOSYS,
         {
@@ -218,6 +223,19 @@ _CLOSER = {
     "socketpair": (53, 199),
 }
 # And these where others can be meant.
+# These give a file a mode, by the argument of this number.
+_WITH_MODE: Mapping[str, tuple[tuple[int | None, int | None], int]] = {
+    "chmod": ((90, None), 1),
+    "creat": ((85, None), 1),
+    "fchmod": ((91, 52), 1),
+    "fchmodat": ((268, 53), 2),
+    "fchmodat2": ((452, 452), 2),
+    "mknod": ((133, None), 1),
+    "mknodat": ((259, 33), 2),
+    "open": ((2, None), 2),
+    "openat": ((257, 56), 3),
+}
+
 _OF_SOMEBODY = {
     "ioprio_set": (251, 30),
     "kill": (62, 129),
@@ -238,6 +256,11 @@ _NAMESPACES = 0x7E02_0000  # CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID and NET (l
 _TIOCSTI, _TIOCLINUX, _TIOCSETD = 0x5412, 0x541C, 0x5423
 
 _ASK_PERSONALITY = 0xFFFF_FFFF  # personality(2): tells it and changes nothing
+
+# By a file with one of these others are who owns it (inode(7)): in a folder of this machine, its user.
+_SET_ID = 0o6000
+
+_CREATES = 0o100 | 0o20000000  # O_CREAT, O_TMPFILE: without them open(2) does not look at its mode
 
 _RLIMIT_CORE = 4  # asm-generic/resource.h
 
@@ -294,6 +317,7 @@ def deny_filter(
         refused.append(_SYSTEM_V)
         closer.update(_OF_SOMEBODY)
     _check_the_number(program, column, refused, closer)
+    _check_modes(program)
     _check_clone(program)
     _check_ioctl(program)
     _check_personality(program)
@@ -317,11 +341,35 @@ def _check_the_number(
     program.if_above(_NEWEST, _error(errno.ENOSYS))
     for label, numbers in closer.items():
         program.if_equal(numbers[column], label)
+    for name, (of_machines, argument) in _WITH_MODE.items():
+        its_number = of_machines[column]
+        if its_number is not None:
+            program.if_equal(its_number, "open" if name == "open" else f"mode {argument}")
     for group in refused:
         for listed in group.calls.values():
             number = listed[column]
             if number is not None:
                 program.if_equal(number, _error(group.answer))
+    program.answer(_ALLOW)
+
+
+def _check_modes(program: _Program) -> None:
+    program.label("mode 3")  # openat
+    program.load(_argument(2))
+    program.unless_any_bit(_CREATES, _ALLOW)
+    program.load(_argument(3))
+    program.if_any_bit(_SET_ID, _error(errno.EPERM))
+    program.answer(_ALLOW)
+    program.label("open")
+    program.load(_argument(1))
+    program.unless_any_bit(_CREATES, _ALLOW)
+    program.label("mode 2")
+    program.load(_argument(2))
+    program.if_any_bit(_SET_ID, _error(errno.EPERM))
+    program.answer(_ALLOW)
+    program.label("mode 1")
+    program.load(_argument(1))
+    program.if_any_bit(_SET_ID, _error(errno.EPERM))
     program.answer(_ALLOW)
 
 
@@ -493,6 +541,9 @@ class _Program:
 
     def if_any_bit(self, mask: int, target: str | int) -> None:
         self._add(_ANY_BIT, mask, then=target)
+
+    def unless_any_bit(self, mask: int, target: str | int) -> None:
+        self._add(_ANY_BIT, mask, otherwise=target)
 
     def answer(self, answer: int) -> None:
         """End here."""

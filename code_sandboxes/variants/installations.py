@@ -1,4 +1,8 @@
-"""Which folders of this machine a kernel is installed in: an enclosure shows them to it, and no others."""
+"""Which folders of this machine a kernel is installed in: an enclosure shows them to it, and no others.
+
+Of an installation only the parts are shown that any has, never the folder that they are in: that may be a
+project's, with secrets (``.env``), or somebody's home.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from code_sandboxes.isolation.plan import Mount
+from code_sandboxes.isolation.system import SYSTEM
 
-__all__ = ["NotEnclosableError", "folders_of", "is_public", "is_visible", "mounts_of", "own_folders"]
+__all__ = ["NotEnclosableError", "folders_of", "is_below", "is_visible", "mounts_of", "own_folders"]
 
-# There in every enclosure (isolation/bubblewrap.py).
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/gnu/store")
+# What an installation is made of: that of Python (sysconfig, its schemes; PEP 405), and those of others.
+_PARTS = ("bin", "include", "lib", "lib32", "lib64", "libexec", "pyvenv.cfg")
+
+# Also that, where it is nobody's but an installation's: in ~/.local programs of all sorts keep there what
+# they know. The last is where conda has the certificates and the settings of OpenSSL.
+_MORE_PARTS = ("conda-meta", "etc/fonts", "share", "ssl")
 
 # What tells that a folder is an installation, and not one that has a "bin" among other things.
 _SIGNS = ("pyvenv.cfg", "conda-meta", "lib", "lib64", "share", "libexec")
@@ -26,12 +35,16 @@ class NotEnclosableError(Exception):
 
 
 def own_folders() -> tuple[str, ...]:
-    """Those of this interpreter, and of what this library runs in an enclosure."""
-    return _without_those_inside({*_prefixes_of_this_python(), _GUEST})
+    """Those of this interpreter, and of what this library runs in an enclosure; some are files."""
+    return _without_those_inside({*_parts_of_this_python(), _GUEST})
 
 
 def folders_of(command: Sequence[str], resources: str) -> tuple[str, ...]:
     """What the kernel that *command* starts is installed in, as far as it is not part of the system.
+
+    That is of each installation what it has of ``bin``, ``include``, ``lib``, ``lib32``, ``lib64``,
+    ``libexec``, ``share``, ``etc/fonts``, ``ssl``, ``conda-meta`` and ``pyvenv.cfg``; and the folder of the
+    kernelspec, and files that it names.
 
     Args:
         resources: the folder of its kernelspec.
@@ -44,9 +57,10 @@ def folders_of(command: Sequence[str], resources: str) -> tuple[str, ...]:
         return ()
     needed = {resources} if os.path.isdir(resources) else set()
     if program in (sys.executable, os.path.realpath(sys.executable)):
-        needed |= _prefixes_of_this_python()
+        needed |= _parts_of_this_python()
     else:
-        needed |= {_installation_of(path) for path in _links_of(program) if not _is_system(path)}
+        for path in _links_of(program):
+            needed |= set() if _is_system(path) else _parts_of(_installation_of(path))
     needed |= {argument for argument in command[1:] if os.path.isabs(argument) and os.path.isfile(argument)}
     return _without_those_inside({path for path in needed if not _is_system(path)})
 
@@ -59,24 +73,34 @@ def mounts_of(folders: Sequence[str]) -> tuple[Mount, ...]:
 def is_visible(path: str, mounts: Sequence[Mount]) -> bool:
     """Is *path* of this machine there in an enclosure with *mounts*, under the same name?"""
     return _is_system(path) or any(
-        mount.source == mount.target and _is_below(path, mount.target) for mount in mounts
+        mount.source == mount.target and is_below(path, mount.target) for mount in mounts
     )
 
 
-def is_public(path: str) -> bool:
-    """May every user of this machine read what is at *path*, as far as the way to it tells?"""
-    if not os.stat(path).st_mode & 0o004:
-        return False
-    while (path := os.path.dirname(path)) != "/":
-        if not os.stat(path).st_mode & 0o001:
-            return False
-    return True
+def is_below(path: str, folder: str) -> bool:
+    """Is *path* that of *folder*, or of something in it? Both are absolute."""
+    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
 
 
-def _prefixes_of_this_python() -> set[str]:
+def _parts_of_this_python() -> set[str]:
     prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
     prefixes |= {os.path.realpath(prefix) for prefix in prefixes}
-    return {prefix for prefix in prefixes if not _is_system(prefix)}
+    programs = {sys.executable, os.path.realpath(sys.executable)}  # it is not in bin everywhere
+    parts = {part for prefix in prefixes for part in _parts_of(prefix)}
+    return parts | {path for path in programs if not _is_system(path) and os.path.isfile(path)}
+
+
+def _parts_of(installation: str) -> set[str]:
+    """Those that there are, and are not shown anyway."""
+    names = _PARTS if _is_for_all_sorts(installation) else (*_PARTS, *_MORE_PARTS)
+    paths = {os.path.join(installation, name) for name in names}
+    return {path for path in paths if not _is_system(path) and os.path.exists(path)}
+
+
+def _is_for_all_sorts(folder: str) -> bool:
+    """Is it one in which more than one thing is installed, beside what somebody has: a home, or such?"""
+    real, home = os.path.realpath(folder), os.path.realpath(os.path.expanduser("~"))
+    return is_below(home, real) or real in (os.path.join(home, ".local"), "/tmp", "/var/tmp")
 
 
 def _links_of(program: str) -> Iterator[str]:
@@ -97,9 +121,8 @@ def _installation_of(program: str) -> str:
     """
     folder = os.path.dirname(os.path.dirname(program))
     is_installation = any(os.path.exists(os.path.join(folder, sign)) for sign in _SIGNS)
-    home = os.path.realpath(os.path.expanduser("~"))
-    shows_too_much = _is_below(home, folder) or os.path.realpath(folder) == os.path.join(home, ".local")
-    if os.path.basename(os.path.dirname(program)) != "bin" or not is_installation or shows_too_much:
+    is_in_bin = os.path.basename(os.path.dirname(program)) == "bin"
+    if not is_in_bin or not is_installation or _is_for_all_sorts(folder):
         raise NotEnclosableError(
             f"its program {program} is in no folder that has nothing but an installation;"
             f" say with mounts= what of {os.path.dirname(program)} the sandbox may see"
@@ -112,14 +135,10 @@ def _without_those_inside(folders: set[str]) -> tuple[str, ...]:
         sorted(
             folder
             for folder in folders
-            if not any(folder != other and _is_below(folder, other) for other in folders)
+            if not any(folder != other and is_below(folder, other) for other in folders)
         )
     )
 
 
 def _is_system(path: str) -> bool:
-    return any(_is_below(path, folder) for folder in _SYSTEM)
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
+    return any(is_below(path, folder) for folder in SYSTEM)

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalJupyter"]
 
-_NO_GPU_CHOICE = "its isolation hides the GPUs of the machine; with isolation='none' all are visible"
+_NO_GPU_CHOICE = "isolation hides the GPUs of the machine; with isolation='none' code sees all of them"
 
 
 class LocalJupyter(Variant):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from code_sandboxes.errors import SandboxConnectionError
+from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError
 from code_sandboxes.guest.init import PROXY
 from code_sandboxes.isolation.bubblewrap import HOME, environment
 from code_sandboxes.isolation.plan import Plan
 from code_sandboxes.variants.base import ContextSpec
-from code_sandboxes.variants.installations import NotEnclosableError, folders_of, is_visible
+from code_sandboxes.variants.installations import NotEnclosableError, folders_of, is_below, is_visible
 from code_sandboxes.variants.kernelspecs import (
     InstalledKernel,
     check_startable,
@@ -19,7 +19,10 @@ from code_sandboxes.variants.kernelspecs import (
     takes_descriptors,
 )
 
-__all__ = ["launch_of"]
+__all__ = ["check_variables", "launch_of"]
+
+# The library's own in the environment of a kernel: by some of them it is told what it may do, and how.
+_OWN_VARIABLES = "CODE_SANDBOXES_"
 
 # What most clients look at, in the case in which they do; code may of course not.
 _PROXY = f"http://{PROXY[0]}:{PROXY[1]}"
@@ -41,6 +44,7 @@ def launch_of(
     Raises:
         SandboxError: it cannot be started from here.
     """
+    check_variables("env", spec.env)
     command = command_of(kernel)
     path = os.environ.get("PATH", os.defpath)
     if plan.method == "bubblewrap":
@@ -48,6 +52,8 @@ def launch_of(
         variables = {**_enclosed_environment(command[0], plan), **env_vars, **spec.env}
         check_startable(kernel, command[0], path, None)
     else:
+        if plan.method == "landlock":
+            _check_confinable(kernel, command, spec.cwd, home, plan)
         variables = {**_environment(home, command[0], path, plan), **env_vars, **spec.env}
         check_startable(kernel, command[0], variables["PATH"], spec.cwd or plan.working_dir or None)
     return {
@@ -57,6 +63,34 @@ def launch_of(
         "interrupt_mode": kernel.kernel_spec.interrupt_mode,
         "by_descriptors": takes_descriptors(command),
     }
+
+
+def check_variables(setting: str, variables: Mapping[str, str]) -> None:
+    """
+    Raises:
+        SandboxConfigurationError: one of them is this library's own.
+    """
+    for name in variables:
+        if name.startswith(_OWN_VARIABLES):
+            raise SandboxConfigurationError(
+                f"{setting} cannot set {name}: names that begin with {_OWN_VARIABLES} are the library's own"
+            )
+
+
+def _check_confinable(
+    kernel: InstalledKernel, command: list[str], cwd: str | None, home: str, plan: Plan
+) -> None:
+    if not takes_descriptors(command):
+        raise SandboxConfigurationError(
+            f"local-jupyter cannot run the kernel {kernel.name!r} with isolation='landlock': it would have to"
+            " make Unix sockets; with isolation='bubblewrap' it can"
+        )
+    path = os.path.realpath(cwd or home)
+    if not is_below(path, os.path.realpath(home)) and not is_visible(path, plan.mounts):
+        raise SandboxConfigurationError(
+            f"local-jupyter cannot start in cwd={cwd!r}: with isolation='landlock' code has nothing but its"
+            f" home, {home}"
+        )
 
 
 def _check_visible(kernel: InstalledKernel, command: Sequence[str], plan: Plan) -> None:
@@ -94,4 +128,10 @@ def _basics(home: str, executable: str, path: str) -> dict[str, str]:
 
 def _own_packages(home: str, path: str) -> dict[str, str]:
     """So that packages can be installed, and what they bring be run, where the installation cannot change."""
-    return {"CODE_SANDBOXES_PACKAGES": f"{home}/.local", "PATH": f"{home}/.local/bin{os.pathsep}{path}"}
+    prefix = f"{home}/.local"
+    # The second one is for whoever calls pip himself: ``%pip install``.
+    return {
+        "CODE_SANDBOXES_PACKAGES": prefix,
+        "PIP_PREFIX": prefix,
+        "PATH": f"{prefix}/bin{os.pathsep}{path}",
+    }

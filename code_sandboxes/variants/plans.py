@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import os
 import posixpath
-import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from code_sandboxes.errors import SandboxConfigurationError
 from code_sandboxes.isolation import landlock
+from code_sandboxes.isolation.bubblewrap import INIT
+from code_sandboxes.isolation.cgroups import LEAST_CPU
 from code_sandboxes.isolation.enclosure import SCOPES
 from code_sandboxes.isolation.hosts import AllowedHosts
 from code_sandboxes.isolation.plan import ISOLATIONS, Bounds, Method, Mount, Network, Plan
 from code_sandboxes.isolation.probe import probe
-from code_sandboxes.reaper import USERS
 from code_sandboxes.variants.installations import (
     NotEnclosableError,
     folders_of,
-    is_public,
+    is_below,
     mounts_of,
     own_folders,
 )
 from code_sandboxes.variants.kernelspecs import InstalledKernel, command_of
+from code_sandboxes.variants.launches import check_variables
+from code_sandboxes.variants.mounts import Refuse, asked_mounts, check_keeper_is_hidden, check_start
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
 __all__ = ["describe", "enforceable", "plan_of", "seen_as", "strongest", "why_not"]
-
-Refuse = Callable[[str, str], SandboxConfigurationError]
 
 PIDS = 256
 DISK = 1024**3
@@ -45,11 +46,42 @@ _LIMITED = {
     "disk": "what can be written (disk",
 }
 
-# What of an enclosure is the system's.
-_RESERVED = ("/bin", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr")
+_MIB = 1024**2
+_PIB = 1024**5
 
-_LEAST_MEMORY = 64 * 1024**2
-_LEAST_DISK = 1024**2
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """What a limit can be; *told* says it as who sets it would, with a value that is not in it."""
+
+    least: float
+    most: float
+    told: str
+
+    def check(self, value: float) -> None:
+        """
+        Raises:
+            SandboxConfigurationError: it is none of these.
+        """
+        if not self.least <= value <= self.most:
+            raise SandboxConfigurationError(self.told.format(value=value, mib=_in_mib(value)))
+
+
+_RANGES = {
+    "memory": _Range(
+        64 * _MIB,
+        _PIB,
+        "memory must be from 64 MiB to 1 PiB, not {mib} MiB (memory={mib}, or memory_limit={value} of a"
+        " config)",
+    ),
+    "cpu": _Range(  # the most that Linux can have (CONFIG_NR_CPUS)
+        LEAST_CPU, 8192, f"cpu (cpu_limit of a config) must be from {LEAST_CPU:g} to 8192 CPUs, not {{value}}"
+    ),
+    # A Python kernel has 11 threads; the rest is for the first process, and for a command with its shell. The
+    # most is the system's (proc_sys_kernel(5), pid_max).
+    "pids": _Range(16, 2**22, f"pids must be a whole number from 16 to {2**22}, not {{value}}"),
+    "disk": _Range(_MIB, _PIB, f"disk must be a whole number of bytes from {_MIB} to {_PIB}, not {{value}}"),
+}
 
 
 def strongest() -> Method:
@@ -85,21 +117,20 @@ def plan_of(
     Raises:
         SandboxConfigurationError: something that was asked for cannot be enforced, or makes no sense.
     """
+    check_variables("env", config.env_vars)
     method = _method(options.get("isolation"), refuse)
     reasons = enforceable(method)
-    mounts = _mounts(options.get("mounts"), refuse)
-    if mounts and reasons["mounts"]:
-        raise refuse(f"mount {mounts[0].source!r}", reasons["mounts"])
-    if method != "none":
-        mounts = (*mounts_of(_installations(kernels)), *mounts)
+    mounts = _mounts(options.get("mounts"), kernels, method, refuse)
     return Plan(
         method,
         mounts,
         _bounds(config, options, method, refuse),
         _network(config, reasons, refuse),
         tuple(config.allowed_hosts) if config.network_policy == "allowlist" else (),
-        _working_dir(config, method, refuse),
-        _user(method, mounts),
+        _working_dir(config, method, mounts, refuse),
+        os.path.realpath(probe().bubblewrap_path) if method == "bubblewrap" else "",
+        sys.executable,
+        INIT,
     )
 
 
@@ -108,7 +139,7 @@ def seen_as(folder: str, plan: Plan) -> str | None:
     if plan.method == "none":
         return folder
     real = os.path.realpath(folder)
-    above = [mount for mount in plan.mounts if f"{real}/".startswith(f"{mount.source.rstrip('/')}/")]
+    above = [mount for mount in plan.mounts if is_below(real, mount.source)]
     if plan.method != "bubblewrap" or not above:
         return None
     mount = max(above, key=lambda mount: len(mount.source))
@@ -138,32 +169,50 @@ def describe(plan: Plan) -> str:
     not_limited = f"; not limited: {', '.join(missing)}" if missing else ""
     return (
         f"bubblewrap: files, processes and users of its own, {network}; at most {', '.join(limits)}"
-        f"{not_limited}; the system's kernel is shared"
+        f"{not_limited}{_describe_mounts(plan.mounts)}; the system's kernel is shared"
     )
+
+
+def _describe_mounts(mounts: Sequence[Mount]) -> str:
+    asked = [mount for mount in mounts if mount.is_asked_for]
+    kinds = {False: "read-only", True: "writable, without a limit"}
+    told = [f"{mount.target} ({mount.source!r}, {kinds[mount.writable]})" for mount in asked]
+    return f"; of this machine it has {', '.join(told)}" if told else ""
 
 
 def _describe_landlock(plan: Plan) -> str:
     network = "the machine's network" if plan.network == "all" else "no network"
-    is_root = os.geteuid() == 0 and plan.user < 0
-    owner = "; it is root, without privileges, since nobody else can read the installation" if is_root else ""
-    return f"landlock: files of its own home only, {network}{owner}; not enforced: {landlock.not_enforced()}"
+    is_root = os.geteuid() == 0
+    owner = "; it is root, without privileges: of root's files it can change modes" if is_root else ""
+    return (
+        f"landlock: files of its own home only, {network}{owner}; not limited:"
+        f" processes, disk, memory, cpu; not enforced: {landlock.not_enforced()}"
+    )
 
 
 def _mib(size: int) -> str:
-    return f"{size / 1024**2:g} MiB"
+    return f"{_in_mib(size)} MiB"
+
+
+def _in_mib(size: float) -> str:
+    return f"{size / _MIB:g}" if size < _PIB else str(size // _MIB)  # there are integers that are no float
 
 
 def _bounds(config: SandboxConfig, options: Mapping[str, object], method: Method, refuse: Refuse) -> Bounds:
     bounds = Bounds(
-        memory=_at_least("memory_limit", config.memory_limit, _LEAST_MEMORY),
-        cpu=_positive("cpu_limit", config.cpu_limit),
-        pids=_at_least("pids", options.get("pids"), 1),
-        disk=_at_least("disk", options.get("disk"), _LEAST_DISK),
+        memory=config.memory_limit,
+        cpu=config.cpu_limit,
+        pids=_whole("pids", options.get("pids")),
+        disk=_whole("disk", options.get("disk")),
     )
     reasons = enforceable(method)
     for name, what in _LIMITED.items():
-        if getattr(bounds, name) is not None and reasons[name]:
-            raise refuse(f"limit {what}={getattr(bounds, name)})", reasons[name])
+        value = getattr(bounds, name)
+        if value is None:
+            continue
+        if reasons[name]:
+            raise refuse(f"limit {what}={value})", reasons[name])
+        _RANGES[name].check(value)
     if method != "bubblewrap":
         return bounds
     return replace(bounds, pids=bounds.pids or PIDS, disk=bounds.disk or DISK)
@@ -181,12 +230,6 @@ def _network(config: SandboxConfig, reasons: Mapping[str, str], refuse: Refuse) 
         if not config.allowed_hosts:
             raise refuse(setting, "allowed_hosts is empty; to let nothing through there is 'none'")
     return cast(Network, policy)
-
-
-def _user(method: Method, mounts: Sequence[Mount]) -> int:
-    """Who the code is, where that can be somebody whom the files of this machine do not belong to."""
-    can_be_another = os.geteuid() == 0 and all(is_public(mount.source) for mount in mounts)
-    return secrets.choice(USERS) if method == "landlock" and can_be_another else -1
 
 
 def _method(isolation: object, refuse: Refuse) -> Method:
@@ -213,57 +256,38 @@ def _installations(kernels: Iterable[InstalledKernel]) -> list[str]:
     return folders
 
 
-def _mounts(value: object, refuse: Refuse) -> tuple[Mount, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, Mapping):
-        raise refuse(f"honour mounts={value!r}", 'it takes {host: (path in the sandbox, "ro" or "rw")}')
-    return tuple(_mount(source, target, refuse) for source, target in value.items())
+def _mounts(
+    value: object, kernels: Iterable[InstalledKernel], method: Method, refuse: Refuse
+) -> tuple[Mount, ...]:
+    """What is shown of this machine: what kernels are installed in, and what was asked for."""
+    if value and enforceable(method)["mounts"]:
+        what = next(iter(value)) if isinstance(value, Mapping) else value
+        raise refuse(f"mount {what!r}", enforceable(method)["mounts"])
+    installed = mounts_of(_installations(kernels)) if method != "none" else ()
+    mounts = (*installed, *asked_mounts(value, installed, refuse))
+    if method != "none":
+        check_keeper_is_hidden(mounts, refuse)
+    return mounts
 
 
-def _mount(source: object, where: object, refuse: Refuse) -> Mount:
-    setting = f"mount {source!r}: {where!r}"
-    if not isinstance(source, (str, os.PathLike)):
-        raise refuse(setting, "what is mounted is a path of this machine")
-    if not isinstance(where, (tuple, list)) or len(where) != 2 or where[1] not in ("ro", "rw"):
-        raise refuse(setting, 'how it is mounted is a path in the sandbox, and "ro" or "rw"')
-    path, target, writable = os.path.realpath(os.fspath(source)), where[0], where[1] == "rw"
-    if not isinstance(target, (str, os.PathLike)) or not posixpath.isabs(os.fspath(target)):
-        raise refuse(setting, "the path in the sandbox must be absolute")
-    target = posixpath.normpath(os.fspath(target)).replace("//", "/")
-    if target == "/" or any(f"{target}/".startswith(f"{reserved}/") for reserved in _RESERVED):
-        raise refuse(setting, f"{target} is the system's in the sandbox")
-    if not os.path.exists(path):
-        raise refuse(setting, f"there is no {path} on this machine")
-    if writable and os.geteuid() == 0 and not os.stat(path).st_mode & 0o002:
-        raise refuse(
-            setting, "code is not root in the sandbox, and only its owner may write there; chmod o+w it"
-        )
-    return Mount.of(path, target, writable=writable)
-
-
-def _working_dir(config: SandboxConfig, method: Method, refuse: Refuse) -> str:
+def _working_dir(config: SandboxConfig, method: Method, mounts: Sequence[Mount], refuse: Refuse) -> str:
     path = config.working_dir
-    if method != "bubblewrap":
-        if path is not None and not os.path.isdir(path):
-            raise refuse(f"start in working_dir={path!r}", "there is no such directory on this machine")
-        return path or ""
+    if method == "bubblewrap":
+        return check_start(WORKING_DIR if path is None else path, mounts, refuse)
     if path is None:
-        return WORKING_DIR
-    if not posixpath.isabs(path):
-        raise refuse(f"start in working_dir={path!r}", "it must be an absolute path in the sandbox")
-    return posixpath.normpath(path)
+        return ""
+    if method == "landlock":
+        raise refuse(
+            f"start in working_dir={path!r}", "with isolation='landlock' code has nothing but its home"
+        )
+    if not os.path.isdir(path):
+        raise refuse(f"start in working_dir={path!r}", "there is no such directory on this machine")
+    return path
 
 
-def _at_least(name: str, value: object, least: int) -> int | None:
+def _whole(name: str, value: object) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SandboxConfigurationError(f"{name} must be a whole number from {least} on, not {value!r}")
-    return value
-
-
-def _positive(name: str, value: float | None) -> float | None:
-    if value is not None and not 0 < value < 1e6:
-        raise SandboxConfigurationError(f"{name} must be a positive number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SandboxConfigurationError(f"{name} must be a whole number, not {value!r}")
     return value

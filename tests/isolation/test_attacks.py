@@ -147,7 +147,9 @@ ATTACKS = [
     Attack(
         "4", "write a .pth", "write(os.path.join(os.path.dirname(os.__file__), 'x.pth'))", "EROFS", "EACCES"
     ),
-    Attack("4", "write beside the kernel", "write(os.path.join(sys.prefix, 'x'))", "EROFS", "EACCES EROFS"),
+    Attack(
+        "4", "write beside the kernel", "write(os.path.join(sys.prefix, 'lib', 'x'))", "EROFS", "EACCES EROFS"
+    ),
     Attack("4", "change the guest", "write(GUEST + '/init.py')", "EROFS", "EACCES"),
     Attack("5", "remount", "call(libc.mount(b'none', b'/usr', None, 0x20, None))", "EPERM"),
     Attack("5", "mount", "call(libc.mount(b'none', b'/tmp', b'tmpfs', 0, None))", "EPERM"),

@@ -100,6 +100,8 @@ def test_every_listed_call_has_the_number_of_the_kernels_headers(machine: str) -
     known = header(machine)
     listed = {name: number for m, name, number, _ in calls() if m == machine}
     listed |= {name: numbers[MACHINES.index(machine)] for name, numbers in CLOSER.items()}
+    modes = {name: numbers[MACHINES.index(machine)] for name, (numbers, _) in seccomp._WITH_MODE.items()}
+    listed |= {name: number for name, number in modes.items() if number is not None}
     newer = max(known.values())
 
     assert {name: n for name, n in listed.items() if known.get(name, -1) != n} == {
@@ -111,11 +113,28 @@ def test_every_listed_call_has_the_number_of_the_kernels_headers(machine: str) -
 def test_listed_calls_fail_as_listed_and_all_others_pass(machine: str) -> None:
     program = deny_filter(machine=machine, block_others=True)
     answers = {number: answer for m, _, number, answer in calls() if m == machine}
-    closer = {numbers[MACHINES.index(machine)] for numbers in CLOSER.values()}
+    closer: set[int | None] = {numbers[MACHINES.index(machine)] for numbers in CLOSER.values()}
+    closer |= {numbers[MACHINES.index(machine)] for numbers, _ in seccomp._WITH_MODE.values()}
 
     for number in set(range(470)) - closer:
         expected = refused(answers[number]) if number in answers else ALLOWED
         assert verdict(program, AUDIT[machine], number, 2**64 - 1) == expected, number
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(("name", "argument"), [(name, at) for name, (_, at) in seccomp._WITH_MODE.items()])
+def test_no_file_gets_a_mode_with_which_others_run_it_as_its_owner(
+    machine: str, name: str, argument: int
+) -> None:
+    number = seccomp._WITH_MODE[name][0][MACHINES.index(machine)]
+    if number is None:
+        return
+    create = [0o100] * argument
+    for mode, answer in ((0o4755, refused(errno.EPERM)), (0o2755, refused(errno.EPERM)), (0o1777, ALLOWED)):
+        assert ask(machine, number, *create, mode) == answer
+    if name in ("open", "openat"):
+        assert ask(machine, number, *[0] * argument, 0o4755) == ALLOWED, "it is not looked at"
+        assert ask(machine, number, *[0o20000000] * argument, 0o4755) == refused(errno.EPERM), "O_TMPFILE"
 
 
 @pytest.mark.parametrize("machine", MACHINES)
