@@ -223,7 +223,7 @@ ATTACKS = [
     ),
     Attack("11", "setuid", "os.setuid(0 if os.getuid() else 1)", "EPERM EINVAL"),
     Attack("11", "setgid and groups", "os.setgroups([0])", "EPERM"),
-    Attack("11", "a setuid program", "run_setuid()", "0"),
+    Attack("11", "a setuid program", "run_setuid()", "EPERM"),
     Attack(
         "11",
         "capabilities",
@@ -1048,7 +1048,7 @@ def test_a_link_in_a_mounted_folder_leads_no_other_mount_out(tmp_path: Path) -> 
     other.mkdir(mode=0o755)
     (tmp_path / "outside").mkdir(mode=0o755)
     (project / "link").symlink_to("/oldroot" + str(tmp_path / "outside"))  # where bubblewrap has this machine
-    mounts = {project: ("/project", "rw"), other: ("/project/link/new", "ro")}
+    mounts = {project: ("/project", "ro"), other: ("/project/link/new", "ro")}
     with pytest.raises(SandboxError, match="lies behind a link"):
         Sandbox.create("local-jupyter", isolation="bubblewrap", mounts=mounts)
     assert os.listdir(tmp_path / "outside") == []
