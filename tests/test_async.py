@@ -186,6 +186,7 @@ def test_a_callback_may_not_wait_for_its_own_run(with_sandbox: WithSandbox) -> N
 
 
 @pytest.mark.parametrize("code", BUSY_OR_WAITING)
+@pytest.mark.slow
 def test_a_cancelled_run_is_interrupted_and_the_kernel_is_ready_for_the_next(
     with_sandbox: WithSandbox, code: str
 ) -> None:
@@ -248,6 +249,7 @@ def test_a_timeout_is_kept_while_a_callback_awaits(with_sandbox: WithSandbox) ->
 # The iterator.
 
 
+@pytest.mark.slow
 def test_the_stream_is_live_and_in_order(with_sandbox: WithSandbox) -> None:
     async def body(sandbox: AsyncSandbox) -> None:
         stream = sandbox.run_code_streaming(

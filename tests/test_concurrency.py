@@ -30,6 +30,7 @@ def test_50_threads_on_one_sandbox_get_each_their_own_output(sandbox: Sandbox) -
         list(pool.map(run, range(200)))
 
 
+@pytest.mark.slow
 def test_runs_on_one_context_queue_in_the_order_of_their_calls(sandbox: Sandbox) -> None:
     sandbox.run_code("order = []")
     streams = [sandbox.run_code_streaming(f"order.append({i})") for i in range(20)]

@@ -16,6 +16,7 @@ ISOLATED = True
 EVERY_FRONT = ("blocking", "async")
 
 
+@pytest.mark.slow
 def test_contexts_have_variables_of_their_own(sandbox: Sandbox) -> None:
     other = sandbox.create_context("other")
     sandbox.run_code("x = 'default'")
@@ -28,6 +29,7 @@ def test_contexts_have_variables_of_their_own(sandbox: Sandbox) -> None:
     assert [c.name for c in sandbox.list_contexts()] == ["default", "other"]
 
 
+@pytest.mark.slow
 def test_contexts_run_side_by_side(sandbox: Sandbox) -> None:
     sandbox.create_context("other")
     begun = threading.Event()
@@ -47,6 +49,7 @@ def test_contexts_run_side_by_side(sandbox: Sandbox) -> None:
 
 @pytest.mark.needs("environment")
 @pytest.mark.from_this_machine
+@pytest.mark.slow
 def test_a_context_starts_in_its_directory_with_its_environment(sandbox: Sandbox, tmp_path: Path) -> None:
     context = sandbox.create_context(cwd=str(tmp_path), env={"COLOUR": "red"})
     result = sandbox.run_code("import os; print(os.getcwd(), os.environ['COLOUR'])", context=context)
@@ -55,6 +58,7 @@ def test_a_context_starts_in_its_directory_with_its_environment(sandbox: Sandbox
     assert sandbox.run_code("import os; 'COLOUR' in os.environ").text == "False"
 
 
+@pytest.mark.slow
 def test_restarting_a_context_forgets_its_variables_and_nothing_else(sandbox: Sandbox) -> None:
     sandbox.create_context("other")
     sandbox.run_code("x = 1")
@@ -65,6 +69,7 @@ def test_restarting_a_context_forgets_its_variables_and_nothing_else(sandbox: Sa
     assert sandbox.run_code("x").text == "1"
 
 
+@pytest.mark.slow
 def test_restarting_cuts_a_run_short_and_the_next_one_works(sandbox: Sandbox) -> None:
     result = sandbox.run_code(
         f"x = 1; print(1)\n{BUSY}",
@@ -78,6 +83,7 @@ def test_restarting_cuts_a_run_short_and_the_next_one_works(sandbox: Sandbox) ->
 
 @pytest.mark.needs("own_process")
 @pytest.mark.from_this_machine
+@pytest.mark.slow
 def test_a_deleted_context_is_gone_with_its_process(sandbox: Sandbox) -> None:
     context = sandbox.create_context("other")
     pid = int(sandbox.run_code("import os; os.getpid()", context=context).text or 0)
@@ -90,6 +96,7 @@ def test_a_deleted_context_is_gone_with_its_process(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.needs("own_process")
+@pytest.mark.slow
 def test_a_death_in_one_context_leaves_the_others_alone(sandbox: Sandbox) -> None:
     sandbox.create_context("other")
     sandbox.run_code("x = 1")
@@ -99,6 +106,7 @@ def test_a_death_in_one_context_leaves_the_others_alone(sandbox: Sandbox) -> Non
     assert sandbox.run_code("1", context="other").text == "1"
 
 
+@pytest.mark.slow
 def test_names_and_languages_are_checked(sandbox: Sandbox) -> None:
     sandbox.create_context("taken")
     with pytest.raises(ValueError, match="the name 'default-other' is kept for the contexts of runs"):
@@ -111,6 +119,7 @@ def test_names_and_languages_are_checked(sandbox: Sandbox) -> None:
         sandbox.run_code("1", context=3)  # type: ignore[arg-type]  # on purpose
 
 
+@pytest.mark.slow
 def test_a_context_of_another_sandbox_is_unknown(make_sandbox: MakeSandbox) -> None:
     context = make_sandbox().create_context("mine")
     with pytest.raises(ContextNotFoundError):

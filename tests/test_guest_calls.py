@@ -162,6 +162,7 @@ def test_calls_do_not_do_what_others_want_done_after_a_cell(sandbox: Sandbox) ->
     assert int(sandbox.run_code("len(done)").text or 0) == int(count or 0) + 1
 
 
+@pytest.mark.slow
 def test_what_threads_print_during_a_call_belongs_to_the_run_that_is_on(sandbox: Sandbox) -> None:
     code = (
         "import threading, time\n"

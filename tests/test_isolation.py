@@ -99,6 +99,7 @@ def test_its_environment_has_nothing_of_the_programs(monkeypatch: pytest.MonkeyP
 # What lasts
 
 
+@pytest.mark.slow
 def test_files_are_those_of_all_contexts_and_of_kernels_to_come(isolated: Sandbox) -> None:
     other = isolated.create_context("other")
     isolated.files.write("/data/shared", "one sandbox")
@@ -136,6 +137,7 @@ def test_what_was_printed_before_a_death_is_not_lost(isolated: Sandbox) -> None:
     assert not result.state_preserved
 
 
+@pytest.mark.slow
 def test_what_a_kernel_started_ends_with_it(isolated: Sandbox) -> None:
     context = isolated.create_context("parent")
     code = "import subprocess; p = subprocess.Popen(['sleep', '1000'], start_new_session=True); print(p.pid)"
@@ -361,6 +363,7 @@ def test_a_network_that_nobody_watches_has_no_log(isolated: Sandbox) -> None:
 
 
 @needs_landlock
+@pytest.mark.slow
 def test_landlock_keeps_files_apart_where_there_are_no_enclosures(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     with Sandbox.create("local-jupyter", isolation="landlock", network_policy="none") as sandbox:

@@ -150,6 +150,7 @@ def kernels_of(folder: Path) -> list[psutil.Process]:
 # Found again
 
 
+@pytest.mark.slow
 def test_a_detached_sandbox_is_found_by_another_program_with_all_that_is_in_it(
     start_program: StartProgram,
 ) -> None:
@@ -377,6 +378,7 @@ def test_set_timeout_can_be_longer_and_shorter_and_is_told_to_all(start_program:
             sandbox.run_code("1")
 
 
+@pytest.mark.slow
 def test_set_timeout_cuts_a_run_short(folder: Path, make_sandbox: MakeSandbox) -> None:
     sandbox = make_sandbox(config=SandboxConfig(max_lifetime=0))
     assert sandbox.info.end_at is None

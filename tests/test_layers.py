@@ -112,6 +112,7 @@ def test_import_brings_no_library_along_that_only_a_variant_needs() -> None:
     )
 
 
+@pytest.mark.slow
 def test_every_module_lists_what_it_offers_and_the_package_what_is_public() -> None:
     assert code_sandboxes.__all__ == sorted(code_sandboxes.__all__)
     for name in code_sandboxes.__all__:

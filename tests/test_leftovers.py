@@ -70,6 +70,7 @@ def has_ended(process: psutil.Process) -> bool:
     ],
     ids=["terminate", "kill", "restart", "restart_context", "killed by its code", "crash"],
 )
+@pytest.mark.slow
 def test_it_is_gone_when_that_returns_which_ends_the_kernel(
     sandbox: Sandbox, end: Callable[[Sandbox], object]
 ) -> None:

@@ -90,6 +90,7 @@ def test_with_ends_it_also_when_the_block_raises(variant: str) -> None:
 
 
 @pytest.mark.parametrize("end", ["terminate", "kill"])
+@pytest.mark.slow
 def test_no_thread_is_left_of_a_sandbox_that_ended(make_sandbox: MakeSandbox, end: str) -> None:
     make_sandbox()  # the threads that all sandboxes share are there then
     before = set(threading.enumerate())
@@ -103,6 +104,7 @@ def test_no_thread_is_left_of_a_sandbox_that_ended(make_sandbox: MakeSandbox, en
 
 @pytest.mark.needs("own_process")
 @pytest.mark.parametrize("end", ["terminate", "kill"])
+@pytest.mark.slow
 def test_nothing_is_left_of_a_sandbox_that_ended(
     make_sandbox: MakeSandbox, runtime_folder: Path, end: str
 ) -> None:
@@ -162,6 +164,7 @@ def test_the_user_namespace_is_as_in_a_fresh_notebook(sandbox: Sandbox) -> None:
     assert sandbox.run_code("import debugpy; debugpy.__name__").text == "'debugpy'"
 
 
+@pytest.mark.slow
 def test_max_lifetime_ends_it(make_sandbox: MakeSandbox, runtime_folder: Path) -> None:
     before = sandbox_folders(runtime_folder)
     sandbox = make_sandbox(config=SandboxConfig(max_lifetime=0.5))
@@ -300,6 +303,7 @@ def test_it_works_inside_a_running_event_loop_of_a_notebook(runtime_folder: Path
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # that it is multi-threaded is the point
+@pytest.mark.slow
 def test_a_forked_child_neither_uses_disturbs_nor_ends_the_sandbox(sandbox: Sandbox) -> None:
     sandbox.run_code("x = 1")
     read, write = os.pipe()

@@ -132,6 +132,7 @@ def test_an_exception_is_told_however_it_is_made(sandbox: Sandbox, code: str, va
         "while True:\n    try: import this_is_missing\n    except ImportError: pass",
     ],
 )
+@pytest.mark.slow
 def test_a_timeout_reaches_the_code_wherever_it_is(patient_sandbox: Sandbox, code: str) -> None:
     sandbox = patient_sandbox
     sandbox.run_code("kept = 1")

@@ -175,6 +175,7 @@ def test_a_kernel_that_died_between_runs_is_told_by_the_next_one(sandbox: Sandbo
 
 @pytest.mark.needs("own_process")
 @pytest.mark.callbacks
+@pytest.mark.slow
 def test_variables_that_were_lost_in_a_run_whose_result_nobody_saw_are_told_by_the_next(
     sandbox: Sandbox,
 ) -> None:
@@ -221,6 +222,7 @@ def test_what_was_shown_before_os_exit_is_kept(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.needs("own_process")
+@pytest.mark.slow
 def test_what_forked_children_printed_does_not_hide_what_was_printed_last(sandbox: Sandbox) -> None:
     result = sandbox.run_code(
         "import os, time\npid = os.fork()\n"
@@ -245,6 +247,7 @@ def test_interrupt_while_the_kernel_is_starting_again_takes_the_run_out(sandbox:
 
 
 @pytest.mark.parametrize("code", BUSY_OR_WAITING)
+@pytest.mark.slow
 def test_interrupt_from_another_thread_keeps_the_variables(sandbox: Sandbox, code: str) -> None:
     threading.Timer(0.3, sandbox.interrupt).start()
     result = sandbox.run_code(f"x = 1\nprint('on')\n{code}")
@@ -269,6 +272,7 @@ def test_an_interrupt_that_the_interpreter_drops_comes_again(sandbox: Sandbox) -
     assert sandbox.run_code("kept").text == "1"
 
 
+@pytest.mark.slow
 def test_interrupt_of_an_awaiting_cell(sandbox: Sandbox) -> None:
     threading.Timer(0.3, sandbox.interrupt).start()
     result = sandbox.run_code("import asyncio; await asyncio.sleep(60)")
@@ -410,6 +414,7 @@ def test_ctrl_c_in_the_program_interrupts_the_code_and_is_raised(sandbox: Sandbo
     assert sandbox.run_code("x").text == "1"
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_noticed_where_a_library_lets_system_calls_go_on(sandbox: Sandbox) -> None:
     signal.siginterrupt(signal.SIGINT, False)  # as polars does
     try:

@@ -99,6 +99,7 @@ def test_output_of_a_child_process_is_output_of_the_run(shared_sandbox: Sandbox)
     assert (result.stdout, result.stderr) == ("child", "err")
 
 
+@pytest.mark.slow
 def test_output_while_no_run_is_on_is_background_output(sandbox: Sandbox) -> None:
     sandbox.run_code(
         "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.3), print('late'))).start()"
@@ -132,6 +133,7 @@ def test_100_mb_of_output_arrive_whole(shared_sandbox: Sandbox, code: str) -> No
 
 
 @pytest.mark.needs("own_process")
+@pytest.mark.slow
 def test_beyond_max_output_head_and_tail_are_kept_and_the_result_says_so(make_sandbox: MakeSandbox) -> None:
     sandbox = make_sandbox(max_output=100_000)
     result = sandbox.run_code("for i in range(100_000): print(i)")
@@ -308,6 +310,7 @@ def test_each_callback_gets_what_is_meant_for_it_once_and_in_the_callers_thread(
     assert {thread for _, _, thread in got} == {threading.get_ident()}
 
 
+@pytest.mark.slow
 def test_on_error_is_told_of_a_timeout_once(sandbox: Sandbox) -> None:
     errors: list[ExecutionError] = []
     result = sandbox.run_code("while True: pass", timeout=0.3, on_error=errors.append)
@@ -397,6 +400,7 @@ def test_waiting_for_an_answer_does_not_count_against_the_timeout(sandbox: Sandb
 
 
 @pytest.mark.parametrize("bad", [lambda _: 1 / 0, lambda _: 5], ids=["raises", "no str"])
+@pytest.mark.slow
 def test_an_on_input_that_fails_stops_the_run_and_is_raised(sandbox: Sandbox, bad: object) -> None:
     with pytest.raises((ZeroDivisionError, TypeError)):
         sandbox.run_code("x = 1; input()", on_input=bad)  # type: ignore[arg-type]  # on purpose

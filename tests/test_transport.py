@@ -355,6 +355,7 @@ VALUES: list[object] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_value_in_any_field_of_any_message_on_any_channel_harms_a_run(make_client: MakeClient) -> None:
     client = make_client()
 
@@ -478,6 +479,7 @@ def test_a_kernel_that_comes_back_as_another_process_has_lost_its_variables(make
     assert client.run().state_preserved is False
 
 
+@pytest.mark.slow
 def test_a_start_that_takes_too_long_is_given_up(make_client: MakeClient) -> None:
     client = make_client(start=0.3)
     client.peer._take = lambda ready: ready.recv_multipart()  # type: ignore[method-assign, assignment]  # deaf

@@ -548,6 +548,7 @@ GATES = pytest.mark.parametrize("make_gate", [Gate, HesitantGate])
 
 @GATES
 @pytest.mark.parametrize("code", [spins, spins_alone])
+@pytest.mark.slow
 def test_code_that_spins_is_interrupted_wherever_it_is(
     interrupter: Interrupter, make_gate: Callable[[], Gate], code: Callable[[Books], object]
 ) -> None:
@@ -604,6 +605,7 @@ def test_many_requests_about_the_end_of_the_code_leave_one_outcome(interrupter: 
     assert set(ended) <= {"value", "KeyboardInterrupt", "Abandoned"}
 
 
+@pytest.mark.slow
 def test_two_threads_are_interrupted_at_the_same_time(interrupter: Interrupter) -> None:
     other = Interrupter()
     try:

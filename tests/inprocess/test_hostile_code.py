@@ -217,6 +217,7 @@ def test_multiprocessing_works_with_what_can_be_forked(
         "await asyncio.to_thread(threading.Event().wait, 0.3)\nwhile True: pass",
     ],
 )
+@pytest.mark.slow
 def test_a_timeout_reaches_whatever_event_loop_the_code_waits_in(sandbox: Sandbox, code: str) -> None:
     sandbox.run_code("import asyncio, threading\nkept = 1")
     result = sandbox.run_code(code, timeout=0.2)
@@ -225,6 +226,7 @@ def test_a_timeout_reaches_whatever_event_loop_the_code_waits_in(sandbox: Sandbo
     assert sandbox.run_code("await asyncio.sleep(0, kept)").text == "1"
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_interrupted_does_not_go_on_in_a_later_one(sandbox: Sandbox) -> None:
     result = sandbox.run_code(
         "import asyncio\nasync def spin():\n    while True: pass\ntask = asyncio.create_task(spin())\n"
@@ -332,6 +334,7 @@ def test_a_callback_may_end_the_sandbox(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("busy", ["while True: pass", "import time; time.sleep(60)", "input()"])
+@pytest.mark.slow
 def test_a_program_may_end_while_code_runs(busy: str) -> None:
     program = (
         "import threading\nfrom code_sandboxes import Sandbox\n"

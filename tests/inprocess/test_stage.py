@@ -382,6 +382,7 @@ def test_a_forked_child_prints_for_the_program(code: Code) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "in", "after"])
+@pytest.mark.slow
 def test_ipython_shows_for_whom_it_works_whenever_it_was_imported(when: str) -> None:
     program = (
         f"when = {when!r}\n"

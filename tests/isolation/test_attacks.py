@@ -891,6 +891,7 @@ def test_row_20_names_that_lead_out_are_refused(enclosed: Sandbox, tmp_path: Pat
         (51, "input()"),
     ],
 )
+@pytest.mark.slow
 def test_rows_41_to_51_what_an_enclosed_kernel_says_does_no_harm(
     enclosed: Sandbox, neighbour: Sandbox, row: int, code: str
 ) -> None:

@@ -194,6 +194,7 @@ MULTIPLY = {
 
 
 @pytest.mark.parametrize(("code", "told"), MULTIPLY.values(), ids=MULTIPLY)
+@pytest.mark.slow
 def test_row_52_there_can_be_only_so_many(bounded: Sandbox, code: str, told: str) -> None:
     result = take(bounded, code, timeout=30)
 

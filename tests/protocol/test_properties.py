@@ -211,6 +211,7 @@ def garbage(draw: st.DrawFn, request: Message) -> Message:
 
 @quick
 @given(st.data(), st.integers(0, 12))
+@pytest.mark.slow
 def test_no_message_of_any_shape_raises(data: st.DataObject, count: int) -> None:
     client = ScriptedClient()
     client.router.comm_opened("c")
@@ -272,6 +273,7 @@ def test_any_events_end_in_a_result_whose_error_fits_its_status(
         ("shell", "execute_reply", b'{"payload": [{"source": "page", "data": {"a": @}}]}'),
     ],
 )
+@pytest.mark.slow
 def test_nesting_that_can_be_read_can_be_routed_and_shown(
     channel: Channel, msg_type: str, content: bytes
 ) -> None:
