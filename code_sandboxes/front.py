@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from code_sandboxes.checks import check_number, check_str, check_str_mapping
+from code_sandboxes.checks import check_environment, check_number, check_str, check_str_mapping
 from code_sandboxes.info import Capabilities, ResourceConfig, SandboxInfo, SandboxStatus, SandboxVariant
 from code_sandboxes.operations import Core, find, find_all
 from code_sandboxes.results import Logs
@@ -69,6 +69,7 @@ class Front:
             "allowed_hosts": allowed_hosts,
         }
         settings = (config or SandboxConfig()).replace(changes)
+        check_environment("env", settings.env_vars)
         variant = variant_class(self._variant)(settings, options)
         if snapshot_name is not None:
             raise variant.refuse(f"restore the snapshot {snapshot_name!r}", "it cannot make any yet")

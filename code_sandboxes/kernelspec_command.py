@@ -238,15 +238,17 @@ def _install(chosen: argparse.Namespace) -> None:
     settings = {name: getattr(chosen, name) for name in _SETTINGS if getattr(chosen, name) is not None}
     if chosen.mount:
         settings["mounts"] = dict(chosen.mount)
+    name = chosen.name or f"sandboxed-{chosen.kernel}"
+    before = {each: _settings_of(spec) for each, spec in installed()}.get(name.lower())
     folder, isolation = install(
         chosen.kernel,
         settings,
-        name=chosen.name,
+        name=name,
         display_name=chosen.display_name,
         user=chosen.user,
         prefix=chosen.prefix,
     )
-    print(f"installed {folder}")
+    print(f"installed {folder}" if before is None else f"replaced {folder}, which had {dict(before)}")
     print(isolation)
 
 

@@ -453,7 +453,7 @@ class Core:
         self.check_running()
         for what, value in (("name", name), ("language", language), ("cwd", cwd)):
             check_str(what, value)
-        held = self._new_context(name, language, cwd, check_str_mapping("env", env))
+        held = self._new_context(name, language, cwd, check_environment("env", env))
         try:
             yield from self._started(held)
         except BaseException:

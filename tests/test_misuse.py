@@ -37,6 +37,12 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
     ({"timeout": "3"}, "SandboxConfigurationError", "The 'timeout' trait of a SandboxConfig instance .*"),
     ({"env": {"A": 1}}, "TypeError", "env must map str to str, not int"),
     (
+        {"env": {"A=B": "1"}},
+        "ValueError",
+        "env has a variable 'A=B': a name is not empty, without '=' and NUL",
+    ),
+    ({"env": {"A": "\0"}}, "ValueError", "env has a NUL in the value of 'A'"),
+    (
         {"memory": 512},
         "SandboxConfigurationError",
         rf"local-jupyter cannot limit the memory \(memory_limit=536870912\): {NEEDS_ISOLATION}",

@@ -521,7 +521,7 @@ def test_a_server_tells_why_the_kernel_of_a_notebook_cannot_be_started(server: S
     with pytest.raises(urllib.error.HTTPError) as failure:
         server.ask("POST", "/api/sessions", session)
 
-    assert "memory_limit must be a whole number" in failure.value.read().decode()
+    assert "memory must be from 64 MiB" in failure.value.read().decode()
 
 
 @pytest.mark.slow

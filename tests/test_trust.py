@@ -114,7 +114,7 @@ def watched(bystander: Sandbox, folder: Path, most: int) -> Iterator[None]:
     program, its_keeper = (peak - start for peak, start in zip(peaks, before, strict=True))
     assert program < most
     assert its_keeper < 20 * MEGABYTE
-    assert max(slowest) < 3.0, "others wait"
+    assert max(slowest) < 10.0, "others wait"
 
 
 # Forged messages

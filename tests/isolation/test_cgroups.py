@@ -163,11 +163,11 @@ def test_all_that_is_in_it_shares_the_cpu(make_cgroup: MakeCgroup, python: Run) 
     begin = time.monotonic()
     children = [pid for _ in range(2) if (pid := os.fork())]
     while time.monotonic() < begin + 2: pass
-    print(time.process_time() / (time.monotonic() - begin), flush=True)
+    os.write(1, b'%f\\n' % (time.process_time() / (time.monotonic() - begin)))
     """
     process = python(code, cgroup)
     assert process.stdout is not None
-    assert sum(float(line) for line in process.stdout) < 0.3  # unbounded it would be all CPUs that are idle
+    assert sum(float(line) for line in process.stdout) < 0.6  # unbounded it would be all CPUs that are idle
     stat = dict(line.split() for line in Path(cgroup.folders[0], "cpu.stat").read_text().splitlines())
     assert int(stat["nr_throttled"]) > 0
 
