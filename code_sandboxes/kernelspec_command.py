@@ -63,7 +63,7 @@ def install(
     launch_environment(wrapped, {})  # which refuses what is no process of this machine
     if settings.get("isolation", "auto") == "auto" and strongest() != "none":
         settings = {**settings, "isolation": strongest()}
-    name = (name or f"sandboxed-{kernel}").lower()  # as Jupyter installs it
+    name = _name_of(kernel, name)
     _check_free(name)
     spec = _sandboxed(wrapped.kernel_spec, settings, display_name)
     isolation = asyncio.run(_tried(spec, settings))
@@ -98,6 +98,10 @@ def remove(name: str) -> str:
         known = ", ".join(names) or "none"
         raise SandboxConfigurationError(f"there is no sandboxed kernelspec {name!r} (known: {known})")
     return KernelSpecManager().remove_kernel_spec(name)
+
+
+def _name_of(kernel: str, name: str | None) -> str:
+    return (name or f"sandboxed-{kernel}").lower()  # as Jupyter installs it
 
 
 def _check_free(name: str) -> None:
@@ -238,17 +242,17 @@ def _install(chosen: argparse.Namespace) -> None:
     settings = {name: getattr(chosen, name) for name in _SETTINGS if getattr(chosen, name) is not None}
     if chosen.mount:
         settings["mounts"] = dict(chosen.mount)
-    name = chosen.name or f"sandboxed-{chosen.kernel}"
-    before = {each: _settings_of(spec) for each, spec in installed()}.get(name.lower())
+    replaced = dict(installed()).get(_name_of(chosen.kernel, chosen.name))
     folder, isolation = install(
         chosen.kernel,
         settings,
-        name=name,
+        name=chosen.name,
         display_name=chosen.display_name,
         user=chosen.user,
         prefix=chosen.prefix,
     )
-    print(f"installed {folder}" if before is None else f"replaced {folder}, which had {dict(before)}")
+    had = "" if replaced is None else f", in place of one with {json.dumps(_settings_of(replaced))}"
+    print(f"installed {folder}{had}")
     print(isolation)
 
 

@@ -12,19 +12,18 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from code_sandboxes.guest.init import SHARED_MEMORY
 from code_sandboxes.isolation.plan import Plan
-from code_sandboxes.isolation.system import MERGED, UNMERGED
+from code_sandboxes.isolation.system import MERGED, UNMERGED, is_below
 
 __all__ = [
     "HOME",
     "INIT",
-    "SHARED_MEMORY",
     "USER",
     "arguments",
     "data_files",
     "environment",
     "init_command",
-    "is_mounted",
     "owned",
 ]
 
@@ -34,8 +33,6 @@ HOME = "/home/sandbox"
 
 USER = 10001
 """Who code is where it has a user namespace; on this machine it is the caller."""
-
-SHARED_MEMORY = "/dev/shm"
 
 _DATA = "/data"
 
@@ -168,15 +165,10 @@ def _parents(path: str) -> Iterator[str]:
         yield from ("--perms", "0755", "--dir", folder)
 
 
-def is_mounted(plan: Plan, path: str) -> bool:
-    """Is *path* in the enclosure a file or folder of this machine?"""
-    return any(f"{path}/".startswith(f"{mount.target}/") for mount in plan.mounts)
-
-
 def owned(plan: Plan) -> list[str]:
     """Folders for the code's user, where that is another one than who makes them; none of this machine's."""
     folders = ["/", SHARED_MEMORY, *_FOLDERS, plan.working_dir]
-    return [folder for folder in folders if not is_mounted(plan, folder)]
+    return [f for f in folders if not any(is_below(f, mount.target) for mount in plan.mounts)]
 
 
 def init_command(plan: Plan, control: int) -> Sequence[str]:

@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from code_sandboxes.guest.init import SHARED_MEMORY
 from code_sandboxes.isolation import cgroups
 from code_sandboxes.isolation.bubblewrap import (
-    SHARED_MEMORY,
     USER,
     arguments,
     data_files,
@@ -32,13 +32,15 @@ from code_sandboxes.isolation.bubblewrap import (
     init_command,
     owned,
 )
+from code_sandboxes.isolation.landlock import SCOPES
+from code_sandboxes.isolation.memory_files import memory_file
 from code_sandboxes.isolation.plan import Bounds, Plan
 from code_sandboxes.isolation.probe import probe
 from code_sandboxes.isolation.seccomp import CORE, deny_filter
 from code_sandboxes.reaper import MARK, USERS
 from code_sandboxes.transports.loop import Loop
 
-__all__ = ["SCOPES", "EnclosedKernel", "Enclosure", "EnclosureError"]
+__all__ = ["EnclosedKernel", "Enclosure", "EnclosureError"]
 
 # Seconds: how long making one may take, and how long its first process may take to answer.
 _PATIENCE = 20.0
@@ -55,9 +57,6 @@ _OPEN_FILES = 4096
 # Some systems give users what stops others ("nice", "rtprio"); the rest is counted for all processes of a
 # user, so that there must be something left for those that are not in a sandbox (getrlimit(2)).
 _OF_A_USER = {"nice": 0, "rtprio": 0, "memlock": 1024**2, "msgqueue": 256 * 1024, "sigpending": 4096}
-
-SCOPES = 6
-"""From this version on Landlock keeps abstract sockets and processes of others out of reach."""
 
 _LONGEST = 65536
 _KEPT_STDERR = 4096
@@ -133,12 +132,9 @@ class Enclosure:
         control: socket.socket,
         proxy_listener: socket.socket | None,
         cgroup: cgroups.Cgroup | None,
-        user: int,
     ) -> None:
         self.plan = plan
         self.pid = process.pid
-        self.user = user
-        """Who code is in it."""
         self.is_over = False
         self.proxy_listener = proxy_listener
         self._loop = loop
@@ -189,7 +185,7 @@ class Enclosure:
                     cgroup.add(pid)
                 listener = _configured(control, _configuration(plan, user), said)
             undo.pop_all()
-        return cls(loop, plan, process, first, control, listener, cgroup, user)
+        return cls(loop, plan, process, first, control, listener, cgroup)
 
     # What it is asked.
 
@@ -220,7 +216,7 @@ class Enclosure:
         """
         document = {"argv": list(command), "env": dict(env), "cwd": cwd, "files": dict(files)}
         kernel = self._kernels[number] = EnclosedKernel(self, number)
-        how = _file_of(json.dumps(document).encode())
+        how = memory_file(json.dumps(document).encode())
         try:
             self._ask(number, {"start": number}, [how, *descriptors])
         except BaseException:
@@ -393,7 +389,7 @@ def _start(plan: Plan, user: int, control: int, folder: str) -> tuple[subprocess
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as on_failure:
         data = {}
         for path, content in data_files(plan, user).items():
-            data[path] = _file_of(content)
+            data[path] = memory_file(content)
             ours.callback(os.close, data[path])
         info, info_write = os.pipe()
         on_failure.callback(os.close, info)
@@ -500,15 +496,6 @@ def _files(size: int, plan: Plan) -> int:
     if plan.bounds.memory is not None:  # of which what the system has to know of a file takes a part
         size = min(size, plan.bounds.memory)
     return max(1024, min(size // _BYTES_PER_FILE, _MOST_FILES))
-
-
-def _file_of(content: bytes) -> int:
-    """A file in memory, as a descriptor at its beginning (memfd_create(2))."""
-    descriptor = os.memfd_create("code_sandboxes")
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(content)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
 
 
 def _receive(control: socket.socket) -> _Reply:

@@ -13,7 +13,15 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 
 from code_sandboxes.errors import SandboxConfigurationError
 
-__all__ = ["DEFAULT_PORTS", "HOST_NAME", "AllowedHosts", "NotAllowedError", "canonical_host", "is_address"]
+__all__ = [
+    "DEFAULT_PORTS",
+    "HOST_NAME",
+    "AllowedHosts",
+    "NotAllowedError",
+    "canonical_host",
+    "is_address",
+    "with_port",
+]
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -188,8 +196,9 @@ class AllowedHosts:
                     " allowed_hosts and use that name to reach what listens on its loopback"
                 )
             if not _is_global(each):
+                as_such = with_port(str(each), port)
                 raise NotAllowedError(
-                    f"{where}, which is not a global address; add '{_with_port(each, port)}' to allowed_hosts"
+                    f"{where}, which is not a global address; add '{as_such}' to allowed_hosts"
                 )
 
     def _names_as_such(self, address: Address, port: int, *, exactly: bool) -> bool:
@@ -384,5 +393,6 @@ def _is_inside(network: Network, wider: Network) -> bool:
     return isinstance(wider, IPv6Network) and network.subnet_of(wider)
 
 
-def _with_port(address: Address, port: int) -> str:
-    return f"{address}:{port}" if address.version == 4 else f"[{address}]:{port}"
+def with_port(host: str, port: int) -> str:
+    """As :class:`AllowedHosts` takes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

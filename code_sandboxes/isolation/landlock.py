@@ -15,10 +15,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from code_sandboxes.isolation.memory_files import memory_file
 from code_sandboxes.isolation.seccomp import deny_filter
 from code_sandboxes.isolation.system import SYSTEM
 
-__all__ = ["NOT_ENFORCED", "landlocked", "not_enforced", "why_not"]
+__all__ = ["NOT_ENFORCED", "SCOPES", "landlocked", "not_enforced", "why_not"]
 
 NOT_ENFORCED = (
     "code runs among the files and processes of this machine: of what its user can reach it can learn names, "
@@ -30,9 +31,11 @@ NOT_ENFORCED = (
 
 _CONFINE = str(Path(__file__).parent.parent / "guest" / "confine.py")
 
-# The first versions of Landlock's interface with which no file outside can be truncated, and from which no
-# process outside can be signalled.
-_NEEDED, _WITH_SIGNALS = 3, 6
+# The first version of Landlock's interface with which no file outside can be truncated.
+_NEEDED = 3
+
+SCOPES = 6
+"""The first version with which abstract sockets and processes of others are out of reach."""
 
 # What programs need to start, and nothing that is a secret: no shadow, no private keys, no machine-id.
 # It is more than in an enclosure (bubblewrap.py): there some of these files are written for it.
@@ -94,7 +97,7 @@ def why_not() -> str:
 
 def not_enforced() -> str:
     """:data:`NOT_ENFORCED`, and what this machine's version of Landlock leaves open besides."""
-    if _version() >= _WITH_SIGNALS:
+    if _version() >= SCOPES:
         return NOT_ENFORCED
     return f"{NOT_ENFORCED}; it can signal and end processes of its user (this needs Linux 6.12)"
 
@@ -142,10 +145,7 @@ def landlocked(
         ).decode(),
         "argv": list(command),
     }
-    descriptor = os.memfd_create("confine")
-    with os.fdopen(os.dup(descriptor), "wb") as file:
-        file.write(json.dumps(document).encode())
-    os.lseek(descriptor, 0, os.SEEK_SET)
+    descriptor = memory_file(json.dumps(document).encode())
     return [sys.executable, "-I", "-S", _CONFINE, str(descriptor)], descriptor
 
 

@@ -24,6 +24,7 @@ from code_sandboxes.errors import SandboxConfigurationError
 from code_sandboxes.isolation import cgroups
 from code_sandboxes.isolation.bubblewrap import arguments, data_files, environment
 from code_sandboxes.isolation.landlock import why_not
+from code_sandboxes.isolation.memory_files import memory_file
 from code_sandboxes.isolation.plan import Plan
 from code_sandboxes.isolation.seccomp import deny_filter
 
@@ -125,9 +126,9 @@ def _run_bubblewrap(path: str) -> tuple[int, str]:
     with contextlib.ExitStack() as opened:
         data = {}
         for name, content in data_files(plan, 1).items():
-            data[name] = _memory_file(content)
+            data[name] = memory_file(content)
             opened.callback(os.close, data[name])
-        info = _memory_file(b"")
+        info = memory_file(b"")
         opened.callback(os.close, info)
         command = arguments(plan, program=path, as_root=as_root, sizes=(_SIZE, _SIZE), data=data, info=info)
         return _run([*command, "true"], pass_fds=(info, *data.values()))
@@ -151,13 +152,6 @@ def _run(command: list[str], pass_fds: tuple[int, ...] = ()) -> tuple[int, str]:
         return -1, f"it cannot be run: {error.strerror}"
     said = ended.stdout.decode(errors="replace").strip()
     return ended.returncode, said[-300:].removeprefix("bwrap: ")
-
-
-def _memory_file(content: bytes) -> int:
-    fd = os.memfd_create("code_sandboxes")
-    os.write(fd, content)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
 
 
 def _version(path: str) -> str:

@@ -30,6 +30,7 @@ from code_sandboxes.isolation.hosts import (
     canonical_host,
     is_address,
     is_loopback_of_the_sandbox,
+    with_port,
 )
 from code_sandboxes.isolation.lookups import Lookups, Resolve, within
 from code_sandboxes.isolation.network_log import NetworkLog
@@ -238,7 +239,7 @@ class _Connection:
             reason = f"{host} is the sandbox's own loopback, which is reached without the proxy (NO_PROXY)"
             raise self._refused(host, port, reason)
         if not self._allowed.allows_name(host, port):
-            raise self._refused(host, port, f"{_with_port(host, port)} is not in allowed_hosts")
+            raise self._refused(host, port, f"{with_port(host, port)} is not in allowed_hosts")
         return host
 
     def _refused(self, host: str, port: int, reason: str) -> _AnswerError:
@@ -270,7 +271,7 @@ class _Connection:
             attempt.address = address
             return server
         attempt.is_allowed()
-        where = _with_port(attempt.host, attempt.port)
+        where = with_port(attempt.host, attempt.port)
         raise _AnswerError(_response(502, f"cannot connect to {where}: {failure}"))
 
     async def _addresses(self, host: str, port: int) -> list[str]:
@@ -337,7 +338,7 @@ class _Connection:
     def _without_tls(self, begun: bytes, attempt: _Attempt, error: NotTlsError) -> bytes:
         if self._allowed.names_port(attempt.host, attempt.port):
             return begun
-        where = _with_port(attempt.host, attempt.port)
+        where = with_port(attempt.host, attempt.port)
         reason = f"{error}, what was sent to {where}; if it is meant, add '{where}' to allowed_hosts"
         raise self._refused_in_tunnel(attempt, reason, _response(403, _in_words(reason)))
 
@@ -542,7 +543,3 @@ def _response(status: int, sentence: str) -> bytes:
         "Connection: close",
     )
     return "\r\n".join((*head, "", "")).encode("ascii") + body
-
-
-def _with_port(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MERGED", "SYSTEM", "UNMERGED"]
+__all__ = ["MERGED", "SYSTEM", "UNMERGED", "is_below"]
 
 UNMERGED = ("/usr", "/nix/store", "/gnu/store")
 
@@ -10,3 +10,8 @@ MERGED = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 """Those that on many systems are links into ``/usr`` (file-hierarchy(7))."""
 
 SYSTEM = (*UNMERGED, *MERGED)
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Is *path* that of *folder*, or of something in it? Both are absolute."""
+    return f"{path}/".startswith(f"{folder.rstrip('/')}/")

@@ -19,7 +19,7 @@ from code_sandboxes.keeper.kernels import HostedKernel, start_confined, start_en
 from code_sandboxes.reaper import Reaper, remove_tree
 from code_sandboxes.transports.loop import Loop
 
-__all__ = ["CGROUPS", "Quarters"]
+__all__ = ["CGROUPS", "Host", "Quarters"]
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,9 @@ CGROUPS = "cgroups"
 Started = Callable[["HostedKernel | None", "Exception | None"], None]
 
 
-class _Host(Protocol):
+class Host(Protocol):
+    """What quarters need of the keeper they are in."""
+
     loop: Loop
     reaper: Reaper
 
@@ -45,7 +47,7 @@ class Quarters:
         emptied: called when something that was here has gone.
     """
 
-    def __init__(self, host: _Host, plan: Plan, folder: Path, emptied: Callable[[], None]) -> None:
+    def __init__(self, host: Host, plan: Plan, folder: Path, emptied: Callable[[], None]) -> None:
         self.plan = plan
         self.home = folder / "home"
         self._host = host

@@ -17,9 +17,9 @@ from code_sandboxes.errors import SandboxConfigurationError
 from code_sandboxes.isolation.plan import Plan
 from code_sandboxes.keeper.kernels import HostedKernel, Observer, descriptors_left
 from code_sandboxes.keeper.leftovers import Leftovers
-from code_sandboxes.keeper.quarters import Quarters
-from code_sandboxes.reaper import Reaper, remove_tree
-from code_sandboxes.transports.loop import Loop, Timer
+from code_sandboxes.keeper.quarters import Host as QuartersHost, Quarters
+from code_sandboxes.reaper import remove_tree
+from code_sandboxes.transports.loop import Timer
 
 __all__ = ["Host", "KeptSandbox", "Program", "RefusedError", "Reply"]
 
@@ -63,14 +63,10 @@ class Program(Protocol):
     def tell(self, event: Mapping[str, object]) -> None: ...
 
 
-class Host(Protocol):
+class Host(QuartersHost, Protocol):
     """What a sandbox needs of the keeper it is in."""
 
-    loop: Loop
-    reaper: Reaper
     leftovers: Leftovers
-
-    def next_number(self) -> int: ...
 
     def forget(self, sandbox: KeptSandbox) -> None: ...
 

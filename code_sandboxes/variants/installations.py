@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from code_sandboxes.isolation.plan import Mount
-from code_sandboxes.isolation.system import SYSTEM
+from code_sandboxes.isolation.system import SYSTEM, is_below
 
-__all__ = ["NotEnclosableError", "folders_of", "is_below", "is_visible", "mounts_of", "own_folders"]
+__all__ = ["NotEnclosableError", "folders_of", "is_visible", "mounts_of", "own_folders"]
 
 # What an installation is made of: that of Python (sysconfig, its schemes; PEP 405), and those of others.
 _PARTS = ("bin", "include", "lib", "lib32", "lib64", "libexec", "pyvenv.cfg")
@@ -75,11 +75,6 @@ def is_visible(path: str, mounts: Sequence[Mount]) -> bool:
     return _is_system(path) or any(
         mount.source == mount.target and is_below(path, mount.target) for mount in mounts
     )
-
-
-def is_below(path: str, folder: str) -> bool:
-    """Is *path* that of *folder*, or of something in it? Both are absolute."""
-    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
 
 
 def _parts_of_this_python() -> set[str]:

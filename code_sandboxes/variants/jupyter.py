@@ -130,7 +130,8 @@ class LocalJupyter(Variant):
 
     @property
     def isolation(self) -> str:
-        return describe(self.plan)
+        # What the program that made it has said: another one's machine may look otherwise from where it is.
+        return self._record["about"]["isolation"] if self._record else describe(self.plan)
 
     @property
     def max_output(self) -> int:

@@ -9,8 +9,9 @@ from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionEr
 from code_sandboxes.guest.init import PROXY
 from code_sandboxes.isolation.bubblewrap import HOME, environment
 from code_sandboxes.isolation.plan import Plan
+from code_sandboxes.isolation.system import is_below
 from code_sandboxes.variants.base import ContextSpec
-from code_sandboxes.variants.installations import NotEnclosableError, folders_of, is_below, is_visible
+from code_sandboxes.variants.installations import NotEnclosableError, folders_of, is_visible
 from code_sandboxes.variants.kernelspecs import (
     InstalledKernel,
     check_startable,

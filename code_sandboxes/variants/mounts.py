@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from code_sandboxes.errors import SandboxConfigurationError
 from code_sandboxes.isolation.bubblewrap import HOME
 from code_sandboxes.isolation.plan import Mount
-from code_sandboxes.isolation.system import SYSTEM
+from code_sandboxes.isolation.system import SYSTEM, is_below
 from code_sandboxes.variants.folders import runtime_root
-from code_sandboxes.variants.installations import is_below
 
 __all__ = ["Refuse", "asked_mounts", "check_keeper_is_hidden", "check_start"]
 

@@ -13,14 +13,13 @@ from code_sandboxes.errors import SandboxConfigurationError
 from code_sandboxes.isolation import landlock
 from code_sandboxes.isolation.bubblewrap import INIT
 from code_sandboxes.isolation.cgroups import LEAST_CPU
-from code_sandboxes.isolation.enclosure import SCOPES
 from code_sandboxes.isolation.hosts import AllowedHosts
 from code_sandboxes.isolation.plan import ISOLATIONS, Bounds, Method, Mount, Network, Plan
 from code_sandboxes.isolation.probe import probe
+from code_sandboxes.isolation.system import is_below
 from code_sandboxes.variants.installations import (
     NotEnclosableError,
     folders_of,
-    is_below,
     mounts_of,
     own_folders,
 )
@@ -155,7 +154,7 @@ def describe(plan: Plan) -> str:
         )
     if plan.method == "landlock":
         return _describe_landlock(plan)
-    shared = "" if probe().landlock >= SCOPES else " and abstract Unix sockets"
+    shared = "" if probe().landlock >= landlock.SCOPES else " and abstract Unix sockets"
     network = {
         "all": f"the machine's network with its services{shared}",
         "none": "no network",
