@@ -128,40 +128,51 @@ def _call(guest: Guest, name: str, *buffers: bytes | memoryview, **arguments: ob
 # Calls under way.
 
 
+def _ignore(_: Event) -> None:
+    """The end of a channel on which nothing is told: calls that come later are refused."""
+
+
 class _Handle:
     """Something that is open in the guest.
 
     Args:
         name: of the function that opens it.
+        within: what is open, if it is opened in that.
+
+    Attributes:
+        opening: what every call that names it follows.
     """
 
-    def __init__(self, guest: Guest, name: str, **arguments: object) -> None:
+    def __init__(
+        self, guest: Guest, name: str, within: _Handle | None = None, /, **arguments: object
+    ) -> None:
         self._guest = guest
-        self._error: Exception | None = None
-        self._channel = Channel(self._ended, 0)
-        self._call = GuestCall(name, arguments, (), Inbox(), self._channel)
-
-    def _ended(self, event: Event) -> None:
-        if isinstance(event, ChannelEnded):
-            self._error = event.error or SandboxConnectionError("the sandbox has closed the file")
+        self._channel = Channel(_ignore, 0)
+        self.opening: GuestCall = GuestCall(
+            name, arguments, (), Inbox(), self._channel, None if within is None else within.opening
+        )
 
     def open(self) -> Operation[object]:
         """Open it; what the function returns."""
         try:
-            return (yield from self._guest.ask(self._call)).value
+            return (yield from self._guest.ask(self.opening)).value
         except BaseException:  # nobody waits any more, whatever the reason
             self.close()
             raise
 
     @property
     def number(self) -> int:
-        """
+        """Its name in the guest."""
+        return self._channel.number
+
+    def call(self, name: str, *buffers: bytes | memoryview, **arguments: object) -> Operation[Answer]:
+        """Call a function that does something with it.
+
         Raises:
             SandboxConnectionError: the kernel is gone, and with it what was open.
         """
-        if self._error is not None:
-            raise self._error
-        return self._channel.number
+        call = GuestCall(name, {"handle": self.number, **arguments}, buffers, Inbox(), follows=self.opening)
+        return (yield from self._guest.ask(call))
 
     def close(self) -> None:
         """Close it, if it is open; whoever asks something after that finds it closed."""
@@ -179,15 +190,13 @@ def list_folder(guest: Guest, path: Path, depth: int) -> Operation[list[FileInfo
     found: list[FileInfo] = []
     handle = _Handle(guest, "files.list", path=_wire(path), depth=depth, **_relative(guest))
     try:
-        yield from _entries(guest, handle, lambda folder, value: found.append(_info(folder, value)))
+        yield from _entries(handle, lambda folder, value: found.append(_info(folder, value)))
     finally:
         handle.close()
     return sorted(found, key=lambda info: info.path)
 
 
-def _entries(
-    guest: Guest, handle: _Handle, take: Callable[[str, object], object]
-) -> Operation[Mapping[str, object]]:
+def _entries(handle: _Handle, take: Callable[[str, object], object]) -> Operation[Mapping[str, object]]:
     """Open *handle* with a function that lists, and let *take* have the folder's path and each entry.
 
     Returns what else the function has said of the folder.
@@ -206,7 +215,7 @@ def _entries(
             take(folder, value)
         if names > _MOST_NAMES:
             raise OSError(errno.EOVERFLOW, f"the names of files are more than {_MOST_NAMES} bytes", folder)
-        batch = as_list((yield from guest.call("files.more", handle=handle.number)).value)
+        batch = as_list((yield from handle.call("files.more")).value)
     return first
 
 
@@ -291,6 +300,7 @@ class Reading:
 
     Args:
         length: so many bytes at most, if not all.
+        within: the folder that is open, if it is read from that.
         arguments: the others of ``files.open_read``.
 
     Attributes:
@@ -298,10 +308,12 @@ class Reading:
         mode: its permissions.
     """
 
-    def __init__(self, guest: Guest, length: int | None, **arguments: object) -> None:
-        self._handle = _Handle(guest, "files.open_read", length=length, **arguments)
+    def __init__(
+        self, guest: Guest, length: int | None, within: _Handle | None = None, /, **arguments: object
+    ) -> None:
+        self._handle = _Handle(guest, "files.open_read", within, length=length, **arguments)
         self._length = length
-        self._window = Window(guest)
+        self._window = Window(guest, self._handle.opening)
         self._asked = self._got = 0
         self._is_over = False
         self.size: int | None = None
@@ -396,10 +408,9 @@ class _Writing:
     """A file that is sent in pieces, and is there when it is whole."""
 
     def __init__(self, guest: Guest, path: Path, make_dirs: bool, mode: int | None) -> None:
-        arguments = {"path": _wire(path), "make_dirs": make_dirs, "mode": mode}
-        self._guest = guest
-        self._handle = _Handle(guest, "files.begin_write", **arguments, **_relative(guest))
-        self._window = Window(guest)
+        arguments = {"path": _wire(path), "make_dirs": make_dirs, "mode": mode, **_relative(guest)}
+        self._handle = _Handle(guest, "files.begin_write", **arguments)
+        self._window = Window(guest, self._handle.opening)
         self._sizes: deque[int] = deque()
 
     def open(self) -> Operation[None]:
@@ -425,7 +436,7 @@ class _Writing:
     def commit(self) -> Operation[None]:
         while self._window:
             yield from self._written()
-        yield from self._guest.call("files.commit", handle=self._handle.number)
+        yield from self._handle.call("files.commit")
 
     def close(self) -> None:
         """If it was not committed, nothing is left of it."""
@@ -500,7 +511,6 @@ class OpenFile:
     """A file that is open in the guest, and stands somewhere."""
 
     def __init__(self, guest: Guest, path: Path, mode: str) -> None:
-        self._guest = guest
         self._handle = _Handle(guest, "files.open", path=_wire(path), mode=mode, **_relative(guest))
         self.can_seek = False
 
@@ -510,24 +520,24 @@ class OpenFile:
     def read(self, size: int) -> Operation[memoryview]:
         """The next bytes, no more than *size* and :data:`PIECE`; none at the end."""
         wanted = min(size, PIECE)
-        answer = yield from self._guest.call("files.read_on", handle=self._handle.number, size=wanted)
+        answer = yield from self._handle.call("files.read_on", size=wanted)
         return memoryview(_only_buffer(answer, wanted))
 
     def write(self, content: bytes) -> Operation[int]:
         """Write the beginning of *content*; how many bytes were written."""
         piece = memoryview(content)[:PIECE]
-        answer = yield from self._guest.call("files.handle_write", piece, handle=self._handle.number)
+        answer = yield from self._handle.call("files.handle_write", piece)
         written = as_int(answer.value)
         if not 0 <= written <= len(piece):
             raise bad_answer("how much was written", written)
         return written
 
     def seek(self, offset: int, whence: int) -> Operation[int]:
-        arguments = {"handle": self._handle.number, "offset": offset, "whence": whence}
-        return as_int((yield from self._guest.call("files.seek", **arguments)).value)
+        answer = yield from self._handle.call("files.seek", offset=offset, whence=whence)
+        return as_int(answer.value)
 
     def truncate(self, size: int) -> Operation[None]:
-        yield from self._guest.call("files.truncate", handle=self._handle.number, size=size)
+        yield from self._handle.call("files.truncate", size=size)
 
     def close(self) -> None:
         self._handle.close()
@@ -669,7 +679,7 @@ def _download_folder(
     landing = FolderLanding(local)
     entries: list[Entry] = []
     try:
-        said = yield from _entries(guest, folder, lambda _, value: entries.append(_tree_entry(value)))
+        said = yield from _entries(folder, lambda _, value: entries.append(_tree_entry(value)))
         mode = as_int(said.get("mode"))
         check_entries(entries, os.fsdecode(remote))
         yield from _locally(lambda: landing.begin(mode))
@@ -713,7 +723,7 @@ def _build(
 def _build_small(
     guest: Guest, folder: _Handle, landing: FolderLanding, entries: list[Entry], progress: _Progress
 ) -> Operation[None]:
-    with Window(guest) as window:
+    with Window(guest, folder.opening) as window:
         waiting: deque[Entry] = deque()
         for entry in [*entries, None]:
             while waiting and (entry is None or _is_full(waiting, entry)):
@@ -738,7 +748,7 @@ def _is_full(waiting: deque[Entry], entry: Entry) -> bool:
 def _build_big(
     guest: Guest, folder: _Handle, landing: FolderLanding, entry: Entry, progress: _Progress
 ) -> Operation[None]:
-    reading = Reading(guest, entry.size, tree=folder.number, path=_wire_parts(entry))
+    reading = Reading(guest, entry.size, folder, tree=folder.number, path=_wire_parts(entry))
     try:
         yield from reading.open()
         yield from _locally(lambda: landing.begin_file(entry))

@@ -87,9 +87,14 @@ class Guest:
 
 
 class Window:
-    """Calls that are under way side by side, and are answered in turn; at the end of ``with``, no more."""
+    """Calls that are under way side by side, and are answered in turn; at the end of ``with``, no more.
 
-    def __init__(self, guest: Guest) -> None:
+    Args:
+        follows: what all of them follow.
+    """
+
+    def __init__(self, guest: Guest, follows: GuestCall | None = None) -> None:
+        self.follows = follows
         self._guest = guest
         self._inbox = Inbox()
         self._calls: deque[GuestCall] = deque()
@@ -106,10 +111,11 @@ class Window:
     ) -> None:
         self.cancel()
 
-    def begin(self, name: str, *buffers: bytes | memoryview, **arguments: object) -> None:
-        call = GuestCall(name, arguments, buffers, self._inbox)
+    def begin(self, name: str, *buffers: bytes | memoryview, **arguments: object) -> GuestCall:
+        call = GuestCall(name, arguments, buffers, self._inbox, follows=self.follows)
         self._calls.append(call)
         self._guest.begin(call)
+        return call
 
     def oldest(self) -> Operation[Answer]:
         """The answer to the call that was begun first."""

@@ -70,6 +70,16 @@ class ChannelEnded(Event):
     error: Exception | None
 
 
+class Conversation:
+    """What the guest keeps for the calls of one link (open files, transfers) is there as long as this.
+
+    Attributes:
+        error: why it is over.
+    """
+
+    error: Exception | None = None
+
+
 class GuestCall:
     """One call of a function in the guest.
 
@@ -79,6 +89,7 @@ class GuestCall:
         buffers: go along; must not change before there is an answer.
         inbox: gets :class:`Answered` or :class:`Refused`; may be the inbox of many calls.
         channel: for what comes beside the answer, and after it.
+        follows: the call that has made what this one names. It is not asked of a guest that never had that.
     """
 
     def __init__(
@@ -88,14 +99,23 @@ class GuestCall:
         buffers: Buffers,
         inbox: Inbox,
         channel: Channel | None = None,
+        follows: GuestCall | None = None,
     ) -> None:
         self.name = name
         self.arguments = arguments
         self.buffers = buffers
         self.inbox = inbox
         self.channel = channel
+        self.follows = follows
+        self.conversation: Conversation | None = None
         self.number = 0
         self.is_taken = self.is_over = self.was_sent_again = False
+
+    @property
+    def why_in_vain(self) -> Exception | None:
+        """Why what it names is gone."""
+        made_in = None if self.follows is None else self.follows.conversation
+        return None if made_in is None else made_in.error
 
 
 class Channel:
@@ -170,6 +190,7 @@ class GuestLink:
         self._waiting: list[GuestCall] = []
         self._calls: dict[int, GuestCall] = {}
         self._channels: dict[int, Channel] = {}
+        self._conversation = Conversation()
         self._carriers: dict[str, GuestCall | None] = {}
         self._opening_id = ""
         self._alive: Timer | None = None
@@ -183,6 +204,9 @@ class GuestLink:
         self._call(call)
 
     def _call(self, call: GuestCall) -> None:
+        if (error := call.why_in_vain) is not None:
+            self._refuse(call, error)
+            return
         if self._state is _State.OPEN:
             self._send_call(call)
             return
@@ -222,7 +246,7 @@ class GuestLink:
         self._waiting.clear()
         for call in calls:
             self._refuse(call, error)
-        self._end_channels(error)
+        self._end_conversation(error)
 
     def close(self) -> None:
         """Have no more to do with the guest, which may go on."""
@@ -320,6 +344,7 @@ class GuestLink:
             message |= {"channel": call.number, "credit": call.channel.credit}
             self._channels[call.number] = call.channel
             self._stay_alive()
+        call.conversation = self._conversation
         self._calls[call.number] = call
         self._carriers[self._tell(message, call.buffers)] = call
 
@@ -391,7 +416,7 @@ class GuestLink:
         self._delete_subshell()  # nor is it known what has become of that
         self._calls.clear()
         error = SandboxConnectionError("the code in the kernel has cut off what serves files and commands")
-        self._end_channels(error)
+        self._end_conversation(error)
         for call in calls:
             if call.is_taken or call.was_sent_again or call.channel is not None:
                 self._refuse(call, error)
@@ -492,7 +517,9 @@ class GuestLink:
         channel.is_over = True
         channel.receive(ChannelEnded(channel, data, error))
 
-    def _end_channels(self, error: Exception) -> None:
+    def _end_conversation(self, error: Exception) -> None:
+        self._conversation.error = error
+        self._conversation = Conversation()
         for channel in list(self._channels.values()):
             self._end_channel(channel, None, error)
 

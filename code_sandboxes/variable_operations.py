@@ -68,7 +68,9 @@ def get_variable(core: Core, name: str, context: Context | str | None) -> Operat
 def _get(guest: Guest, name: str, context: str) -> Operation[object]:
     transfer = next(_transfers)
     with _released(guest, [transfer]):
-        answer = yield from guest.call("variables.get", variable=name, transfer=transfer, at_once=_AT_ONCE)
+        arguments = {"variable": name, "transfer": transfer, "at_once": _AT_ONCE}
+        asked = GuestCall("variables.get", arguments, (), Inbox())
+        answer = yield from guest.ask(asked)
         value = as_object(answer.value)
         if "missing" in value:
             raise VariableNotFoundError(name, context)
@@ -77,7 +79,7 @@ def _get(guest: Guest, name: str, context: str) -> Operation[object]:
         if size <= _AT_ONCE:
             data = _with_answer(answer.buffers, size)
         else:
-            data = yield from received(guest, transfer, size)
+            data = yield from received(guest, transfer, size, asked)
             _release(guest, transfer)
     form = as_object(value.get("form"))
     kind = form.get("kind")
@@ -111,6 +113,7 @@ def _set(guest: Guest, values: Mapping[str, object]) -> Operation[None]:
     descriptions: list[dict[str, object]] = []
     buffers: list[memoryview] = []
     transfers: list[int] = []
+    sent: GuestCall | None = None
     with _released(guest, transfers):
         for each in encoded:
             description: dict[str, object] = {"name": each.name, "form": each.form, "size": len(each.data)}
@@ -120,8 +123,9 @@ def _set(guest: Guest, values: Mapping[str, object]) -> Operation[None]:
                 continue
             transfers.append(next(_transfers))
             description["transfer"] = transfers[-1]
-            yield from _sent(guest, transfers[-1], each.data)
-        answer = yield from guest.call("variables.set", *buffers, values=descriptions)
+            sent = yield from _sent(guest, transfers[-1], each.data, sent)
+        setting = GuestCall("variables.set", {"values": descriptions}, buffers, Inbox(), follows=sent)
+        answer = yield from guest.ask(setting)
     answered = as_object(answer.value)
     _check_not_refused(str(answered.get("name")), answered)
 
@@ -224,14 +228,14 @@ def _with_answer(buffers: Buffers, size: int) -> BytesIO:
     return BytesIO(came)
 
 
-def received(guest: Guest, transfer: int, size: int) -> Operation[BytesIO]:
-    """The *size* bytes that come under this number: each part is asked for when there is room for it.
+def received(guest: Guest, transfer: int, size: int, asked: GuestCall) -> Operation[BytesIO]:
+    """The *size* bytes that come under this number, which *asked* gave: each part when there is room for it.
 
     Raises:
         SandboxConnectionError: what came is something else.
     """
     data = BytesIO()
-    with Window(guest) as calls:
+    with Window(guest, asked) as calls:
         for offset in range(0, size, _PART):
             if len(calls) == _AHEAD:
                 data.write((yield from _next_part(calls, size - data.tell())))
@@ -249,15 +253,22 @@ def _next_part(calls: Window, left: int) -> Operation[bytes | memoryview]:
     return part
 
 
-def _sent(guest: Guest, transfer: int, data: memoryview) -> Operation[None]:
-    """Send *data* under this number; so many parts are under way that the kernel is never idle."""
-    with Window(guest) as calls:
+def _sent(
+    guest: Guest, transfer: int, data: memoryview, after: GuestCall | None
+) -> Operation[GuestCall | None]:
+    """Send *data* under this number; so many parts are under way that the kernel is never idle.
+
+    Returns what the next call has to follow, as these follow what was sent *after*.
+    """
+    with Window(guest, after) as calls:
         for offset in range(0, len(data), _PART):
             if len(calls) == _AHEAD:
                 yield from calls.oldest()
-            calls.begin("variables.put", data[offset : offset + _PART], transfer=transfer, offset=offset)
+            part = data[offset : offset + _PART]
+            calls.follows = calls.begin("variables.put", part, transfer=transfer, offset=offset)
         while calls:
             yield from calls.oldest()
+    return calls.follows
 
 
 @contextmanager

@@ -770,6 +770,19 @@ def test_a_transfer_whose_kernel_dies_says_so_and_leaves_nothing_here(
     wait_until(lambda: [name for name in os.listdir(tmp_path) if "code_sandboxes" not in name] == ["big"])
 
 
+@pytest.mark.needs("own_process")
+def test_what_was_open_in_a_kernel_that_died_is_not_asked_of_the_next(sandbox: Sandbox, folder: str) -> None:
+    sandbox.files.write(f"{folder}/f", b"x" * 20 * MIB)
+    stream = sandbox.files.read_stream(f"{folder}/f")
+    with sandbox.files.open(f"{folder}/f") as file:
+        next(stream)
+        sandbox.run_code("import os; os._exit(3)")
+        assert sandbox.run_code("2").text == "2"
+        for use in (lambda: list(stream), file.read):
+            with pytest.raises(SandboxConnectionError, match="code 3"):
+                use()
+
+
 # Speed and memory.
 
 

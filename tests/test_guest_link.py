@@ -67,8 +67,10 @@ class ScriptedGuest:
     def latest(self, msg_type: str) -> Message:
         return [message for message in self.sent if message.msg_type == msg_type][-1]
 
-    def calls(self, name: str = "files.stat", channel: Channel | None = None) -> GuestCall:
-        call = GuestCall(name, {"path": "x"}, (), Inbox(), channel)
+    def calls(
+        self, name: str = "files.stat", channel: Channel | None = None, follows: GuestCall | None = None
+    ) -> GuestCall:
+        call = GuestCall(name, {"path": "x"}, (), Inbox(), channel, follows)
         self.link.call(call)
         return call
 
@@ -293,6 +295,43 @@ def test_a_failure_is_raised_as_pythons_own_error(
     if isinstance(raised, OSError) and not isinstance(raised, SandboxConnectionError):
         assert isinstance(failure, OSError)
         assert (failure.errno, failure.filename) == (raised.errno, raised.filename)
+
+
+# What is named by a later call
+
+
+def test_what_an_earlier_kernel_had_open_is_not_asked_of_the_next(guest: ScriptedGuest) -> None:
+    opening = guest.calls(channel=Channel(print, 0))
+    guest.says({"answer": opening.number, "value": None})
+    death = SandboxConnectionError("the kernel died")
+    guest.link.lost(death)
+    next_one = ScriptedGuest(FEATURE)
+    late = GuestCall("files.read_on", {"handle": opening.number}, (), Inbox(), follows=opening)
+    next_one.link.call(late)
+
+    assert outcome(late) is death
+    assert next_one.sent == []
+
+
+def test_what_was_open_before_the_link_was_cut_off_is_not_asked_again(guest: ScriptedGuest) -> None:
+    opening = guest.calls()
+    guest.says({"answer": opening.number, "value": None})
+    under_way = guest.calls(follows=opening)
+    guest.says({"closed": True})
+    late = guest.calls(follows=opening)
+
+    assert [type(outcome(call)) for call in (under_way, late)] == [SandboxConnectionError] * 2
+
+
+def test_what_is_open_is_named_by_any_number_of_calls(guest: ScriptedGuest) -> None:
+    opening = guest.calls()
+    early = guest.calls(follows=opening)
+    for call in (opening, early):
+        guest.says({"answer": call.number, "value": "works"})
+    late = guest.calls(follows=opening)
+    guest.says({"answer": late.number, "value": "works"})
+
+    assert [outcome(call) for call in (early, late)] == ["works"] * 2
 
 
 # What is not answered

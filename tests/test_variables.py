@@ -39,6 +39,7 @@ from code_sandboxes.errors import SandboxError
 from code_sandboxes.guest import values
 from code_sandboxes.guest.values import NotTransferable
 from code_sandboxes.guest_link import Answered, GuestCall
+from code_sandboxes.inbox import Inbox
 from code_sandboxes.variable_operations import _decoded, _with_answer, received
 from conftest import UNISOLATED
 
@@ -498,7 +499,7 @@ def test_a_part_of_the_wrong_size_ends_the_transfer(parts: tuple[bytes, ...]) ->
     tracemalloc.start()
     try:
         with pytest.raises(SandboxConnectionError):
-            drive(received(liar, 1, 2**32))
+            drive(received(liar, 1, 2**32, GuestCall("variables.get", {}, (), Inbox())))
         assert tracemalloc.get_traced_memory()[1] < 4 * MIB
     finally:
         tracemalloc.stop()
