@@ -1,7 +1,8 @@
-"""An enclosure: the place of its own on this machine in which all kernels of one sandbox are.
+"""An enclosure: the place of its own in which all kernels of one sandbox are, as whoever made it talks to it.
 
-Bubblewrap makes it (:mod:`code_sandboxes.isolation.bubblewrap`), ``guest/init.py`` is the first process in
-it and does there what is asked here. It ends with that process, and all that is in it with it.
+It is a bubble on this machine (:mod:`.bubble`) or a container (:mod:`.container`). ``guest/init.py`` is the
+first process in it and does there what is asked here. It ends with that process, and all that is in it with
+it.
 """
 
 from __future__ import annotations
@@ -12,45 +13,21 @@ import errno
 import json
 import os
 import queue
-import secrets
-import select
 import signal
 import socket
-import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from code_sandboxes.guest.init import SHARED_MEMORY
-from code_sandboxes.isolation import cgroups
-from code_sandboxes.isolation.bubblewrap import (
-    USER,
-    arguments,
-    data_files,
-    environment,
-    init_command,
-    owned,
-)
-from code_sandboxes.isolation.landlock import SCOPES
 from code_sandboxes.isolation.memory_files import memory_file
-from code_sandboxes.isolation.plan import Bounds, Plan
-from code_sandboxes.isolation.probe import probe
+from code_sandboxes.isolation.plan import Plan
 from code_sandboxes.isolation.seccomp import CORE, deny_filter
-from code_sandboxes.reaper import MARK, USERS
 from code_sandboxes.transports.loop import Loop
 
-__all__ = ["EnclosedKernel", "Enclosure", "EnclosureError"]
+__all__ = ["PATIENCE", "EnclosedKernel", "Enclosure", "EnclosureError", "Place", "configure"]
 
-# Seconds: how long making one may take, and how long its first process may take to answer.
-_PATIENCE = 20.0
-
-# A file for each so many bytes: what a tmpfs takes for one is memory, too.
-_BYTES_PER_FILE = 4096
-_MOST_FILES = 1_000_000
-
-_SHARED_MEMORY = 64 * 1024**2
-_UNLIMITED = 2**50
+PATIENCE = 20.0
+"""Seconds: how long making one may take, and how long its first process may take to answer."""
 
 _OPEN_FILES = 4096
 
@@ -59,7 +36,6 @@ _OPEN_FILES = 4096
 _OF_A_USER = {"nice": 0, "rtprio": 0, "memlock": 1024**2, "msgqueue": 256 * 1024, "sigpending": 4096}
 
 _LONGEST = 65536
-_KEPT_STDERR = 4096
 
 
 class EnclosureError(Exception):
@@ -120,72 +96,58 @@ class EnclosedKernel:
         return "; ".join(reasons)
 
 
+class Place(Protocol):
+    """What an enclosure is seen from outside."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What every process in it has to begin with."""
+
+    def kill(self) -> None:
+        """End all that is in it at once; from any thread, does not block."""
+
+    def out_of_memory_kills(self) -> int:
+        """How often something in it was ended because its memory was used up, as far as that is known.
+
+        Raises:
+            OSError: it is not known any more.
+        """
+
+    def remove(self) -> None:
+        """End it, and remove what is left; blocks.
+
+        Raises:
+            OSError: something does not end, or cannot be removed.
+        """
+
+
 class Enclosure:
-    """See :meth:`make`. What is not said to block is called in the I/O thread."""
+    """What is not said to block is called in the I/O thread.
+
+    Args:
+        control: a socket to its first process, which is configured.
+        proxy_listener: where a proxy is to listen, if it has no network but that.
+    """
 
     def __init__(
         self,
         loop: Loop,
         plan: Plan,
-        process: subprocess.Popen[bytes],
-        first: int,
         control: socket.socket,
         proxy_listener: socket.socket | None,
-        cgroup: cgroups.Cgroup | None,
+        place: Place,
     ) -> None:
         self.plan = plan
-        self.pid = process.pid
         self.is_over = False
         self.proxy_listener = proxy_listener
         self._loop = loop
-        self._process = process
-        self._first = first  # a descriptor of the first process in it
         self._control = control
-        self._cgroup = cgroup
+        self._place = place
         self._waiting: dict[int, Callable[[_Reply | None], None]] = {}
         self._kernels: dict[int, EnclosedKernel] = {}
         self._memory_used_up = 0
         self._connections = 0
         self._tell: Callable[[], None] = _nothing
-
-    @staticmethod
-    def cgroups_of(name: str, plan: Plan) -> tuple[str, ...]:
-        """The folders of the cgroups that :meth:`make` makes."""
-        return cgroups.folders_of(name, _of_cgroups(plan))
-
-    @classmethod
-    def make(cls, loop: Loop, plan: Plan, name: str, folder: str) -> Enclosure:
-        """Make one; blocks, and whose thread this is must live as long as the enclosure.
-
-        Args:
-            name: for what else has to be made on this machine, a cgroup; nothing else has it.
-            folder: the sandbox's, by which a reaper finds what is left of it.
-
-        Raises:
-            EnclosureError: it cannot be made as it is planned.
-            OSError: something is missing to make it: descriptors, processes.
-        """
-        _check_places(plan)
-        user = secrets.choice(USERS) if os.geteuid() == 0 else USER
-        with contextlib.ExitStack() as undo:
-            cgroup = cgroups.make(name, _of_cgroups(plan))
-            if cgroup is not None:
-                undo.callback(cgroup.remove)
-            control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            undo.callback(control.close)
-            with theirs:
-                process, info, said = _start(plan, user, theirs.fileno(), folder)
-            undo.callback(process.wait)
-            undo.callback(_kill_group, process)
-            with open(info), open(said):
-                pid, first = _first_process(info, said)
-                undo.callback(os.close, first)
-                undo.callback(_kill, first)
-                if cgroup is not None:
-                    cgroup.add(pid)
-                listener = _configured(control, _configuration(plan, user), said)
-            undo.pop_all()
-        return cls(loop, plan, process, first, control, listener, cgroup)
 
     # What it is asked.
 
@@ -239,20 +201,19 @@ class Enclosure:
 
     def out_of_memory_kills(self) -> int:
         """How often something in it was ended because its memory was used up, as far as that is known."""
-        if self._cgroup is not None:
-            with contextlib.suppress(OSError):  # it is gone: there are no more
-                self._memory_used_up = self._cgroup.out_of_memory_kills()
+        with contextlib.suppress(OSError):  # it is gone: there are no more
+            self._memory_used_up = self._place.out_of_memory_kills()
         return self._memory_used_up
 
     @property
-    def cgroups(self) -> tuple[str, ...]:
-        """The folders of its cgroups."""
-        return () if self._cgroup is None else self._cgroup.folders
+    def environment(self) -> Mapping[str, str]:
+        """What every process in it has to begin with."""
+        return self._place.environment
 
     def kill(self) -> None:
         """End it at once; from any thread."""
         if not self.is_over:
-            _kill(self._first)
+            self._place.kill()
 
     def remove(self) -> None:
         """End it, and remove what is left; blocks.
@@ -260,18 +221,10 @@ class Enclosure:
         Raises:
             OSError: something does not end, or cannot be removed.
         """
-        self.kill()
-        # When it has ended, so has everything in its PID namespace (pid_namespaces(7)).
-        if not select.select([self._first], [], [], _PATIENCE)[0]:
-            raise TimeoutError(f"the sandbox's first process does not end within {_PATIENCE:g} s")
-        self._process.kill()  # it only waits for the other one
-        self._process.wait()
-        os.close(self._first)
+        self._place.remove()
         self._control.close()
         if self.proxy_listener is not None:
             self.proxy_listener.close()
-        if self._cgroup is not None:
-            self._cgroup.remove()
 
     # What it tells.
 
@@ -294,10 +247,10 @@ class Enclosure:
         self._waiting[number] = answer.put
         self._loop.call_soon(lambda: self._send(message, descriptors))
         try:
-            reply = answer.get(timeout=_PATIENCE)
+            reply = answer.get(timeout=PATIENCE)
         except queue.Empty:
             self.kill()
-            raise EnclosureError(f"its first process did not answer within {_PATIENCE:g} s") from None
+            raise EnclosureError(f"its first process did not answer within {PATIENCE:g} s") from None
         finally:
             self._waiting.pop(number, None)
         if reply is None:
@@ -368,134 +321,40 @@ def _error_of(reply: _Reply | None, path: str) -> OSError:
     return OSError(code, os.strerror(code), str(reply.message.get("path") or path))
 
 
-def _check_places(plan: Plan) -> None:
-    """
-    Raises:
-        EnclosureError: a place that bubblewrap makes lies behind a link. Whoever could write where that is
-            may have led it out of the enclosure, of which bubblewrap is still outside when it makes places.
-    """
-    for place in (*(mount.target for mount in plan.mounts), plan.working_dir):
-        for mount in plan.mounts:
-            if place.startswith(f"{mount.target}/"):
-                path = mount.source + place.removeprefix(mount.target)
-                if os.path.realpath(path) != os.path.realpath(mount.source) + path.removeprefix(mount.source):
-                    raise EnclosureError(
-                        f"{place} cannot be made in it: on this machine {path} lies behind a link"
-                    )
+def configure(
+    control: socket.socket, plan: Plan, own: Mapping[str, Any], said: Callable[[], str]
+) -> socket.socket | None:
+    """Let the first process do its part before anything else runs there; blocks.
 
+    Args:
+        own: what only this kind of place needs, see ``configure()`` of ``guest/init.py``.
+        said: what the place has to say, should it fail.
 
-def _start(plan: Plan, user: int, control: int, folder: str) -> tuple[subprocess.Popen[bytes], int, int]:
-    """The process of bubblewrap, and what to read: its information and its standard error."""
-    with contextlib.ExitStack() as ours, contextlib.ExitStack() as on_failure:
-        data = {}
-        for path, content in data_files(plan, user).items():
-            data[path] = memory_file(content)
-            ours.callback(os.close, data[path])
-        info, info_write = os.pipe()
-        on_failure.callback(os.close, info)
-        ours.callback(os.close, info_write)
-        said, said_write = os.pipe()
-        on_failure.callback(os.close, said)
-        ours.callback(os.close, said_write)
-        command = arguments(
-            plan,
-            program=plan.program or probe().bubblewrap_path,
-            as_root=user != USER,
-            sizes=_sizes(plan),
-            data=data,
-            info=info_write,
-        )
-        process = subprocess.Popen(
-            [*command, *init_command(plan, control)],
-            pass_fds=[control, info_write, *data.values()],
-            # The first process has another one by the time that code could look at it.
-            env={**environment(), MARK: folder},
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=said_write,
-            start_new_session=True,
-        )
-        on_failure.pop_all()
-    return process, info, said
-
-
-def _configured(control: socket.socket, configuration: Mapping[str, Any], said: int) -> socket.socket | None:
-    """Let the first process do its part; returns the socket for a proxy, if there is to be one.
+    Returns:
+        The socket for a proxy, if there is to be one.
 
     Raises:
         EnclosureError: it cannot.
     """
-    control.settimeout(_PATIENCE)
+    configuration = {
+        "proxy": plan.network != "all",
+        "mounts": [(mount.target, mount.identity) for mount in plan.mounts if mount.identity is not None],
+        "core": CORE,
+        "filter": base64.b64encode(deny_filter()).decode(),
+        **own,
+        "limits": {"nofile": _OPEN_FILES, **_OF_A_USER, **own["limits"]},
+    }
+    control.settimeout(PATIENCE)
     try:
         socket.send_fds(control, [json.dumps({"configure": configuration}).encode()], [])
         reply = _receive(control)
     except OSError as error:
-        raise EnclosureError(f"its first process does not answer: {_said(said) or error}") from None
+        raise EnclosureError(f"its first process does not answer: {said() or error}") from None
     control.setblocking(False)
     if "ready" not in reply.message:
-        why = reply.message.get("unfit") or _said(said) or "it does not say why"
+        why = reply.message.get("unfit") or said() or "it does not say why"
         raise EnclosureError(f"its first process has ended: {why}")
     return socket.socket(fileno=reply.descriptors[0]) if reply.descriptors else None
-
-
-def _first_process(info: int, said: int) -> tuple[int, int]:
-    """The number of the enclosure's first process, and a descriptor of it.
-
-    Raises:
-        EnclosureError: there is none.
-    """
-    # To its end: it is written in pieces, and ends when the enclosure is complete. Before that, ending
-    # bubblewrap would leave the process in it (bubblewrap, issue 633).
-    told = _read_to_end(info)
-    try:
-        pid = int(json.loads(told)["child-pid"])
-    except (ValueError, KeyError):
-        raise EnclosureError(f"bubblewrap did not make it: {_said(said) or 'it does not say why'}") from None
-    return pid, os.pidfd_open(pid)
-
-
-def _configuration(plan: Plan, user: int) -> dict[str, Any]:
-    """What the first process has to do before anything runs."""
-    sizes = dict(zip(("/", SHARED_MEMORY), _sizes(plan), strict=True))
-    return {
-        "uid": user,
-        "in_namespace": user == USER,
-        "proxy": plan.network != "all",
-        "mounts": [(mount.target, mount.identity) for mount in plan.mounts if mount.identity is not None],
-        "sizes": {path: (size, _files(size, plan)) for path, size in sizes.items()},
-        "owned": owned(plan),
-        "scoped": plan.network == "all" and probe().landlock >= SCOPES,
-        "core": CORE,
-        "limits": _limits(plan),
-        "filter": base64.b64encode(deny_filter()).decode(),
-    }
-
-
-def _of_cgroups(plan: Plan) -> Bounds:
-    return replace(plan.bounds, pids=None)  # as the first process must be able to start more
-
-
-def _limits(plan: Plan) -> dict[str, int]:
-    limits = {"nofile": _OPEN_FILES, **_OF_A_USER}
-    if plan.bounds.pids is not None:
-        limits["nproc"] = plan.bounds.pids
-    return limits
-
-
-def _sizes(plan: Plan) -> tuple[int, int]:
-    """Bytes of the root and of the shared memory, together what the plan allows."""
-    if plan.bounds.disk is None:
-        return _UNLIMITED, _SHARED_MEMORY
-    shared_memory = min(_SHARED_MEMORY, plan.bounds.disk // 4)
-    return plan.bounds.disk - shared_memory, shared_memory
-
-
-def _files(size: int, plan: Plan) -> int:
-    """How many may be in a tmpfs of *size* bytes."""
-    if plan.bounds.memory is not None:  # of which what the system has to know of a file takes a part
-        size = min(size, plan.bounds.memory)
-    return max(1024, min(size // _BYTES_PER_FILE, _MOST_FILES))
 
 
 def _receive(control: socket.socket) -> _Reply:
@@ -508,40 +367,9 @@ def _receive(control: socket.socket) -> _Reply:
     return _Reply(message, descriptors)
 
 
-def _read_to_end(descriptor: int) -> bytes:
-    give_up = time.monotonic() + _PATIENCE
-    data = b""
-    while select.select([descriptor], [], [], max(0.0, give_up - time.monotonic()))[0]:
-        part = os.read(descriptor, _LONGEST)
-        if not part:
-            return data
-        data += part
-    raise EnclosureError(f"bubblewrap took longer than {_PATIENCE:g} s")
-
-
-def _said(stderr: int) -> str:
-    """What is there to read, without waiting for more."""
-    os.set_blocking(stderr, False)
-    try:
-        return os.read(stderr, _KEPT_STDERR).decode("utf-8", "replace").strip()
-    except BlockingIOError:
-        return ""
-
-
 def _close_all(descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End bubblewrap, and its child that waits for ever where this was ended too early (its issue 633)."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _kill(pidfd: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def _nothing() -> None:

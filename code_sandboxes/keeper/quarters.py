@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from code_sandboxes.isolation import bubble
 from code_sandboxes.isolation.egress import Service, the_egress
 from code_sandboxes.isolation.enclosure import Enclosure, EnclosureError
 from code_sandboxes.isolation.hosts import AllowedHosts
@@ -19,12 +19,9 @@ from code_sandboxes.keeper.kernels import HostedKernel, start_confined, start_en
 from code_sandboxes.reaper import Reaper, remove_tree
 from code_sandboxes.transports.loop import Loop
 
-__all__ = ["CGROUPS", "Host", "Quarters"]
+__all__ = ["Host", "Quarters"]
 
 _log = logging.getLogger(__name__)
-
-CGROUPS = "cgroups"
-"""The file in a sandbox's folder that names those of its enclosure, one a line."""
 
 
 Started = Callable[["HostedKernel | None", "Exception | None"], None]
@@ -151,16 +148,7 @@ class Quarters:
     def _make(self) -> Enclosure:
         loop, reaper = self._host.loop, self._host.reaper
         name = f"{os.getpid()}-{self._folder.parent.name}-{self._host.next_number()}"
-        cgroups = Enclosure.cgroups_of(name, self.plan)
-        # First, so that they go even if this process is killed as it makes them.
-        (self._folder / CGROUPS).write_text("".join(f"{path}\n" for path in cgroups))
-        with ExitStack() as undo:
-            reaper.guard_cgroups(cgroups)
-            undo.callback(reaper.release_cgroups, cgroups)
-            enclosure = Enclosure.make(loop, self.plan, name, str(self._folder))
-            undo.callback(enclosure.remove)
-            reaper.guard_group(enclosure.pid)
-            undo.pop_all()
+        enclosure = bubble.make(loop, self.plan, name, self._folder, reaper)
         loop.call_soon(lambda: self._use(enclosure))
         return enclosure
 
@@ -188,13 +176,7 @@ class Quarters:
         if self._proxy is not None:
             self._proxy.close()
             self._proxy = None
-
-        def removed(_: object, error: Exception | None) -> None:
-            self._host.reaper.release_group(enclosure.pid)
-            self._host.reaper.release_cgroups(enclosure.cgroups)
-            self._done(None, error)
-
-        self._host.loop.run_blocking(enclosure.remove, removed, apart=True)
+        self._host.loop.run_blocking(enclosure.remove, self._done, apart=True)
 
     def _done(self, _: None, error: Exception | None) -> None:
         self._under_way -= 1

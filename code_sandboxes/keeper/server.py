@@ -26,11 +26,11 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+from code_sandboxes.isolation.bubble import CGROUPS
 from code_sandboxes.keeper.kernels import LEASE, raise_descriptor_limit
 from code_sandboxes.keeper.leftovers import Leftovers
 from code_sandboxes.keeper.lines import PROTOCOL, Lines, start_time
 from code_sandboxes.keeper.places import folder_prefix, is_elsewhere, locked, log_of, peer_of
-from code_sandboxes.keeper.quarters import CGROUPS
 from code_sandboxes.keeper.sandboxes import KeptSandbox, RefusedError, Reply
 from code_sandboxes.reaper import Reaper, end_cgroups, end_marked, remove_tree
 from code_sandboxes.transports.loop import Loop
