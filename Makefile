@@ -4,16 +4,21 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = code_sandboxes tests benchmarks examples conftest.py
 
+# $(1) while there is a container engine (tests/engine.sh), with its exit status. Ctrl-C is for pytest alone: this
+# waits for it, and then ends the engine.
+with_engine = @trap 'PYTHON=$(BIN)/python tests/engine.sh down' EXIT; trap 'exit 130' INT TERM; \
+	PYTHON=$(BIN)/python tests/engine.sh up && $(1)
+
 .PHONY: demo test test-fast isolation lint format bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/analysis.py
 
 test: $(VENV)/test.stamp isolation
-	$(BIN)/python -m pytest
+	$(call with_engine,$(BIN)/python -m pytest)
 
 test-fast: $(VENV)/test.stamp isolation
-	$(BIN)/python -m pytest -m "not slow"
+	$(call with_engine,$(BIN)/python -m pytest -m "not slow")
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check $(SOURCES)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -32,6 +33,8 @@ MakeSandbox = Callable[..., Sandbox]
 
 # What says that no isolation is intended, where a variant would have some, or warn that there is none.
 UNISOLATED: dict[str, dict[str, object]] = {SandboxVariant.LOCAL_JUPYTER: {"isolation": "none"}}
+
+REQUIRES_CONTAINERS = os.environ.get("CODE_SANDBOXES_REQUIRE_DOCKER") == "1"
 
 # Goes on for a minute, and can be interrupted on every variant: it never waits for long.
 BUSY = "for _ in range(6000): __import__('time').sleep(0.01)"
@@ -56,7 +59,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         slow = {
             str(v) for v in chosen if fast not in (None, v) and metafunc.config.getoption("--variant") is None
         }
-        variants = [pytest.param(str(v), marks=(pytest.mark.slow,) if str(v) in slow else ()) for v in chosen]
+        variants = [pytest.param(str(v), marks=_marks(v, str(v) in slow)) for v in chosen]
         metafunc.parametrize("variant", variants, scope="session")
     if "front" in metafunc.fixturenames:
         every = getattr(metafunc.module, "EVERY_FRONT", False)
@@ -70,6 +73,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("front", [pytest.param(f, marks=marks[f]) for f in fronts], scope="session")
 
 
+@cache
+def why_no_containers() -> str:
+    """Why there are none on this machine; empty if there are."""
+    return Sandbox.capabilities_of(SandboxVariant.LOCAL_DOCKER).own_process.reason
+
+
+def _marks(variant: SandboxVariant | str, is_slow: bool) -> list[pytest.MarkDecorator]:
+    # A container takes a second to start: what is special about it has modules of its own.
+    marks = [pytest.mark.slow] if is_slow or variant == SandboxVariant.LOCAL_DOCKER else []
+    if variant == SandboxVariant.LOCAL_DOCKER and (reason := why_no_containers()):
+        marks.append(pytest.mark.skipif(not REQUIRES_CONTAINERS, reason=f"NO CONTAINERS: {reason}"))
+    return marks
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what a variant cannot do: ``@pytest.mark.needs("own_process", "languages.bash")``."""
     left_out = [item for item in items if not _can_run(item)]
@@ -80,7 +97,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _can_run(item: pytest.Item) -> bool:
     needed = [name for marker in item.iter_markers("needs") for name in marker.args]
     callspec = getattr(item, "callspec", None)
-    if not needed or callspec is None or "variant" not in callspec.params:
+    if callspec is None or "variant" not in callspec.params:
+        return True
+    if callspec.params["variant"] == SandboxVariant.LOCAL_DOCKER:
+        # To the fronts it is the same as local-jupyter, by way of the same keeper.
+        if callspec.params.get("front", FRONTS[0]) != FRONTS[0]:
+            return False
+        if item.get_closest_marker("not_in_a_container") or any(n.startswith("languages.") for n in needed):
+            return False
         return True
     capabilities = Sandbox.capabilities_of(callspec.params["variant"])
     return all(_has(capabilities, name) for name in needed)
@@ -137,9 +161,24 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
 def isolation(request: pytest.FixtureRequest, variant: str) -> dict[str, object]:
     """The setting that says which isolation the test's sandboxes have; nothing where there is no choice."""
     seen_from_here = request.node.get_closest_marker("from_this_machine") is not None
-    if getattr(request.module, "ISOLATED", False) and not seen_from_here and not probe().bubblewrap:
+    is_isolated = getattr(request.module, "ISOLATED", False) and not seen_from_here
+    if variant == SandboxVariant.LOCAL_DOCKER and not is_isolated:
+        shared = _shared_with_containers(request)
+        return {"mounts": {shared: (shared, "rw")}, "user": f"{os.geteuid()}:{os.getegid()}"}
+    if is_isolated and not probe().bubblewrap:
         return dict.fromkeys(UNISOLATED.get(variant, {}), "bubblewrap")
     return UNISOLATED.get(variant, {})
+
+
+def _shared_with_containers(request: pytest.FixtureRequest) -> str:
+    """The folder in which all temporary ones of tests are: a container sees it at the same place."""
+    factory: pytest.TempPathFactory = request.getfixturevalue("tmp_path_factory")
+    folder = factory.getbasetemp()
+    folder.chmod(0o777)  # nobody else can enter what it is in
+    if "tmp_path" in request.fixturenames:
+        path: Path = request.getfixturevalue("tmp_path")
+        path.chmod(0o777)
+    return str(folder)
 
 
 @pytest.fixture
@@ -177,7 +216,7 @@ def shared_sandbox(
     variant: str, front: str, isolation: dict[str, object], shared_sandboxes: dict[object, Sandbox]
 ) -> Sandbox:
     """A sandbox for tests that leave no trace in it."""
-    kind = isolation.get("isolation")
+    kind = json.dumps(isolation, sort_keys=True)
     if kind not in shared_sandboxes:
         shared_sandboxes[kind] = create(front, variant, **isolation)
     return shared_sandboxes[kind]
@@ -218,6 +257,8 @@ class ReadmeExample(pytest.Item):
         self.add_marker(pytest.mark.filterwarnings("ignore::code_sandboxes.SandboxIsolationWarning"))
 
     def runtest(self) -> None:
+        if '"local-docker"' in self._code and why_no_containers() and not REQUIRES_CONTAINERS:
+            pytest.skip(f"NO CONTAINERS: {why_no_containers()}")
         before = Path.cwd()
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 
+from benchmarks.containers import measure_containers
 from benchmarks.contestant import ContestantError
 from benchmarks.egress import measure_egress
 from benchmarks.files import measure_busy, measure_files
@@ -32,6 +33,7 @@ _SECTIONS: dict[str, Callable[[Scale, bool], None]] = {
     "files": lambda scale, peer: measure_files(scale, peer=peer),
     "busy": lambda scale, _: measure_busy(scale),
     "isolation": lambda scale, _: measure_isolation(scale),
+    "containers": lambda scale, _: measure_containers(scale),
     "egress": lambda scale, _: measure_egress(scale),
 }
 

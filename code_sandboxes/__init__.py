@@ -13,6 +13,8 @@ from code_sandboxes.errors import (
     SandboxNotFoundError,
     SandboxNotStartedError,
     SandboxSerializationError,
+    SandboxSnapshotError,
+    SandboxSnapshotWarning,
     SandboxTimeoutError,
     VariableNotFoundError,
 )
@@ -39,7 +41,13 @@ from code_sandboxes.results import (
     OutputMessage,
     Result,
 )
-from code_sandboxes.sandbox import CodeStream, LocalEvalSandbox, LocalJupyterSandbox, Sandbox
+from code_sandboxes.sandbox import (
+    CodeStream,
+    LocalDockerSandbox,
+    LocalEvalSandbox,
+    LocalJupyterSandbox,
+    Sandbox,
+)
 from code_sandboxes.steps import OutputHandler
 
 if TYPE_CHECKING:
@@ -47,6 +55,7 @@ if TYPE_CHECKING:
     from code_sandboxes.async_files import AsyncFileWatcher, AsyncSandboxFileHandle, AsyncSandboxFilesystem
     from code_sandboxes.async_sandbox import (
         AsyncCodeStream,
+        AsyncLocalDockerSandbox,
         AsyncLocalEvalSandbox,
         AsyncLocalJupyterSandbox,
         AsyncSandbox,
@@ -55,10 +64,12 @@ if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
     from code_sandboxes.files import FileWatcher, SandboxFileHandle, SandboxFilesystem
     from code_sandboxes.pool import AsyncSandboxPool, SandboxPool
+    from code_sandboxes.snapshots import SnapshotInfo
 
 __all__ = [
     "AsyncCodeStream",
     "AsyncFileWatcher",
+    "AsyncLocalDockerSandbox",
     "AsyncLocalEvalSandbox",
     "AsyncLocalJupyterSandbox",
     "AsyncProcessHandle",
@@ -84,6 +95,7 @@ __all__ = [
     "FileWatchEventType",
     "FileWatcher",
     "InputRequest",
+    "LocalDockerSandbox",
     "LocalEvalSandbox",
     "LocalJupyterSandbox",
     "Logs",
@@ -111,9 +123,12 @@ __all__ = [
     "SandboxNotStartedError",
     "SandboxPool",
     "SandboxSerializationError",
+    "SandboxSnapshotError",
+    "SandboxSnapshotWarning",
     "SandboxStatus",
     "SandboxTimeoutError",
     "SandboxVariant",
+    "SnapshotInfo",
     "VariableNotFoundError",
 ]
 
@@ -124,10 +139,12 @@ _ON_USE = {
     "files": ("FileWatcher", "SandboxFileHandle", "SandboxFilesystem"),
     "commands": ("ProcessHandle", "ProcessLines", "SandboxCommands"),
     "pool": ("AsyncSandboxPool", "SandboxPool"),
+    "snapshots": ("SnapshotInfo",),
     "async_files": ("AsyncFileWatcher", "AsyncSandboxFileHandle", "AsyncSandboxFilesystem"),
     "async_commands": ("AsyncProcessHandle", "AsyncProcessLines", "AsyncSandboxCommands"),
     "async_sandbox": (
         "AsyncCodeStream",
+        "AsyncLocalDockerSandbox",
         "AsyncLocalEvalSandbox",
         "AsyncLocalJupyterSandbox",
         "AsyncSandbox",

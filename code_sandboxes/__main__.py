@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from code_sandboxes import kernelspec_command
+from code_sandboxes import build_image, kernelspec_command
 
 __all__ = ["main"]
 
@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_doctor(commands)
     kernelspec_command.add_to(commands)
+    build_image.add_to(commands)
     return parser
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import code_sandboxes.config
 import code_sandboxes.variants.eval
 import code_sandboxes.variants.jupyter  # noqa: F401  (see above)
-from code_sandboxes import package_operations, variable_operations
+from code_sandboxes import package_operations, snapshot_operations, variable_operations
 from code_sandboxes.async_commands import AsyncSandboxCommands
 from code_sandboxes.async_files import AsyncSandboxFilesystem
 from code_sandboxes.awaiting import documented_by as _documented_by, drive, resumption
@@ -36,12 +36,19 @@ from code_sandboxes.results import (
     Result,
 )
 from code_sandboxes.sandbox import CodeStream, Sandbox
+from code_sandboxes.snapshots import SnapshotInfo
 from code_sandboxes.steps import LEFT, Emit, Handlers, Operation, OutputHandler
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
-__all__ = ["AsyncCodeStream", "AsyncLocalEvalSandbox", "AsyncLocalJupyterSandbox", "AsyncSandbox"]
+__all__ = [
+    "AsyncCodeStream",
+    "AsyncLocalDockerSandbox",
+    "AsyncLocalEvalSandbox",
+    "AsyncLocalJupyterSandbox",
+    "AsyncSandbox",
+]
 
 T = TypeVar("T")
 AsyncSandboxT = TypeVar("AsyncSandboxT", bound="AsyncSandbox")
@@ -132,6 +139,14 @@ class AsyncSandbox(Front):
     @_documented_by(Sandbox.set_timeout)
     async def set_timeout(self, seconds: float) -> None:
         await drive(self._core.set_timeout(seconds))
+
+    @_documented_by(Sandbox.pause)
+    async def pause(self) -> None:
+        await drive(self._core.pause())
+
+    @_documented_by(Sandbox.resume)
+    async def resume(self) -> None:
+        await drive(self._core.resume())
 
     @_documented_by(Sandbox.set_tags)
     async def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -251,6 +266,20 @@ class AsyncSandbox(Front):
     ) -> CommandResult:
         return await drive(package_operations.install_requirements(self._core, path, timeout, context))
 
+    # Snapshots.
+
+    @_documented_by(Sandbox.create_snapshot)
+    async def create_snapshot(self, name: str) -> SnapshotInfo:
+        return await drive(snapshot_operations.create_snapshot(self._core, name))
+
+    @_documented_by(Sandbox.list_snapshots)
+    async def list_snapshots(self) -> builtins.list[SnapshotInfo]:
+        return await drive(snapshot_operations.list_snapshots(self._core))
+
+    @_documented_by(Sandbox.delete_snapshot)
+    async def delete_snapshot(self, id: str) -> None:
+        await drive(snapshot_operations.delete_snapshot(self._core, id))
+
     # Files.
 
     @property
@@ -302,7 +331,15 @@ class AsyncLocalJupyterSandbox(AsyncSandbox):
     _variant = SandboxVariant.LOCAL_JUPYTER
 
 
-_CLASSES = {each._variant: each for each in (AsyncLocalEvalSandbox, AsyncLocalJupyterSandbox)}
+class AsyncLocalDockerSandbox(AsyncSandbox):
+    """Kernels in a container on this machine."""
+
+    _variant = SandboxVariant.LOCAL_DOCKER
+
+
+_CLASSES = {
+    each._variant: each for each in (AsyncLocalDockerSandbox, AsyncLocalEvalSandbox, AsyncLocalJupyterSandbox)
+}
 
 
 class _Starting:

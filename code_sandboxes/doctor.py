@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from code_sandboxes.errors import SandboxConnectionError
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
 from code_sandboxes.isolation import landlock
+from code_sandboxes.isolation.container_engine import Engine
+from code_sandboxes.isolation.engine import IMAGE
 from code_sandboxes.isolation.probe import Facts, probe
 from code_sandboxes.sandbox import Sandbox
 from code_sandboxes.variants.kernelspecs import installed_kernels
@@ -73,12 +76,16 @@ class Report:
 def examine() -> Report:
     """Look at this machine as this process, for this user, finds it."""
     facts = probe()
+    containers = Sandbox.capabilities_of(SandboxVariant.LOCAL_DOCKER)
     return Report(
-        machine=_machine(facts),
+        machine=_machine(facts, containers.own_process),
         variants={
             SandboxVariant.LOCAL_EVAL.value: _eval(Sandbox.capabilities_of(SandboxVariant.LOCAL_EVAL)),
             SandboxVariant.LOCAL_JUPYTER.value: _jupyter(
                 Sandbox.capabilities_of(SandboxVariant.LOCAL_JUPYTER), facts
+            ),
+            SandboxVariant.LOCAL_DOCKER.value: VariantReport(
+                "a container", {"files": containers.own_process, **_limits(containers)}
             ),
         },
     )
@@ -101,7 +108,7 @@ def _limits(capabilities: Capabilities) -> dict[str, Capability]:
     return {name: getattr(capabilities, name) for name in _THINGS if name != "files"}
 
 
-def _machine(facts: Facts) -> dict[str, str]:
+def _machine(facts: Facts, containers: Capability) -> dict[str, str]:
     limited = [name for name, reason in facts.cgroups.items() if not reason]
     return {
         "code_sandboxes": _version("code-sandboxes"),
@@ -114,7 +121,19 @@ def _machine(facts: Facts) -> dict[str, str]:
         "Landlock": _yes_or_no(facts.landlock_reason, f"version {facts.landlock}"),
         "system call filter": _yes_or_no(facts.seccomp, "yes"),
         "cgroups": ", ".join(limited) if limited else f"no: {facts.cgroups['memory']}",
+        "container engine": _engine() if containers else str(containers),
     }
+
+
+def _engine() -> str:
+    engine = Engine()
+    try:
+        image = IMAGE if engine.has_image(IMAGE) else "no image yet: run `python -m code_sandboxes build-image`"
+        return f"Docker {engine.version} ({engine.url}), {image}"
+    except SandboxConnectionError as error:
+        return f"no: {error}"
+    finally:
+        engine.close()
 
 
 def _yes_or_no(reason: str, yes: str) -> str:

@@ -1,4 +1,4 @@
-"""Everything this library raises, and the one warning it gives.
+"""Everything this library raises, and the warnings it gives.
 
 ::
 
@@ -9,6 +9,7 @@
      +-- SandboxConnectionError      (ConnectionError)  a kernel could not be started, or was lost
      +-- SandboxTimeoutError         (TimeoutError)     a run took longer than its timeout, or a pool had none
      +-- SandboxExecutionError       (RuntimeError)     the code of a run failed
+     +-- SandboxSnapshotError        (RuntimeError)     a snapshot cannot be made or restored, or is not there
      +-- ContextNotFoundError        (LookupError)      no context of that name or id
      +-- VariableNotFoundError       (LookupError)      no variable of that name
      +-- SandboxSerializationError   (TypeError)        a value cannot go into a sandbox, or come out of it
@@ -36,6 +37,8 @@ __all__ = [
     "SandboxNotFoundError",
     "SandboxNotStartedError",
     "SandboxSerializationError",
+    "SandboxSnapshotError",
+    "SandboxSnapshotWarning",
     "SandboxTimeoutError",
     "VariableNotFoundError",
 ]
@@ -77,6 +80,10 @@ class SandboxExecutionError(_RunError, RuntimeError):
     """The code of a run raised, or was interrupted or not run."""
 
 
+class SandboxSnapshotError(SandboxError, RuntimeError):
+    """A snapshot could not be made, or restored; or there is none of that name or id."""
+
+
 class ContextNotFoundError(SandboxError, LookupError):
     """The sandbox has no such context."""
 
@@ -107,3 +114,7 @@ class SandboxSerializationError(SandboxError, TypeError):
 
 class SandboxIsolationWarning(UserWarning):
     """``isolation="auto"`` found nothing stronger than a process of its own."""
+
+
+class SandboxSnapshotWarning(UserWarning):
+    """Something of a snapshot could not be restored: ``sandbox.info.metadata["not_restored"]`` says what."""

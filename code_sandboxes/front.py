@@ -71,9 +71,12 @@ class Front:
         settings = (config or SandboxConfig()).replace(changes)
         check_environment("env", settings.env_vars)
         variant = variant_class(self._variant)(settings, options)
+        origin = None
         if snapshot_name is not None:
-            raise variant.refuse(f"restore the snapshot {snapshot_name!r}", "it cannot make any yet")
-        self._core = Core(variant, settings, name, check_str_mapping("tags", tags))
+            from code_sandboxes.snapshot_operations import Restoring
+
+            origin = Restoring(variant, snapshot_name)
+        self._core = Core(variant, settings, name, check_str_mapping("tags", tags), origin)
 
     @staticmethod
     def capabilities_of(variant: SandboxVariant | str) -> Capabilities:
@@ -143,7 +146,7 @@ class Front:
         """What it is now."""
         core = self._core
         info = info_of(self._variant, core.record(), core.config)
-        metadata = {**info.metadata, "dropped_messages": core.dropped_messages}
+        metadata = {**info.metadata, **core.metadata, "dropped_messages": core.dropped_messages}
         return replace(info, created_at=core.created_at, status=core.status, metadata=metadata)
 
 
@@ -152,7 +155,7 @@ def info_of(variant: SandboxVariant, record: Record, config: SandboxConfig) -> S
     return SandboxInfo(
         id=record.id,
         variant=variant,
-        status=SandboxStatus.RUNNING,
+        status=SandboxStatus.PAUSED if record.metadata.get("paused") else SandboxStatus.RUNNING,
         created_at=record.created_at,
         end_at=None if record.time_left is None else time.time() + record.time_left,
         name=record.name,
@@ -214,6 +217,10 @@ def variant_class(variant: SandboxVariant) -> type[Variant]:
         from code_sandboxes.variants.eval import LocalEval
 
         return LocalEval
+    if variant is SandboxVariant.LOCAL_DOCKER:
+        from code_sandboxes.variants.docker import LocalDocker
+
+        return LocalDocker
     from code_sandboxes.variants.jupyter import LocalJupyter
 
     return LocalJupyter

@@ -28,6 +28,7 @@ class SandboxVariant(Text):
 
     LOCAL_EVAL = "local-eval"
     LOCAL_JUPYTER = "local-jupyter"
+    LOCAL_DOCKER = "local-docker"
 
 
 class SandboxStatus(Text):
@@ -35,6 +36,7 @@ class SandboxStatus(Text):
 
     CREATED = "created"  # not started yet
     RUNNING = "running"
+    PAUSED = "paused"  # it is there, and nothing in it goes on
     DETACHED = "detached"  # it goes on, and this program has let go of it
     STOPPED = "stopped"
 
@@ -63,7 +65,10 @@ class SandboxInfo:
         end_at: when its lifetime ends, seconds since the epoch; None if it has none.
         isolation: what separates it from the machine it runs on.
         metadata: more about it. Where this program uses it, ``dropped_messages`` says how many messages of
-            its kernels were not taken in, by why: ``{"forged": 3, "too large": 1}``.
+            its kernels were not taken in, by why: ``{"forged": 3, "too large": 1}``; and of one that was made
+            from a snapshot, ``snapshot`` is its name, and ``not_restored`` what of it is not there, with
+            reasons: ``{"f": "it has code of Python 3.11, which Python 3.12 does not read"}``. Of a container,
+            ``jupyter_server`` is the URL of a Jupyter Server that serves its kernels.
     """
 
     id: str
@@ -116,6 +121,7 @@ class Capabilities:
             that reacts to none can be ended, at the cost of its state.
         subshells: files and commands work while code runs.
         system_packages: the sandbox has an operating system of its own, for which packages can be installed.
+        snapshots: its files and variables can be kept, and other sandboxes begin with them.
     """
 
     languages: tuple[str, ...]
@@ -135,5 +141,6 @@ class Capabilities:
     gpu: Capability
     mounts: Capability
     idle_timeout: Capability
+    pause: Capability
     snapshots: Capability
     fork: Capability

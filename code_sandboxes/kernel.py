@@ -46,7 +46,7 @@ from code_sandboxes.protocol.messages import Channel as MessageChannel, Message,
 from code_sandboxes.protocol.outputs import Displays, Outputs
 from code_sandboxes.protocol.router import Router
 from code_sandboxes.results import Logs
-from code_sandboxes.runs import Run
+from code_sandboxes.runs import Pause, Run
 from code_sandboxes.transports.loop import Loop, Timer
 
 __all__ = ["Ended", "Kernel", "Ready", "StartFailed"]
@@ -140,7 +140,7 @@ class Kernel:
         self._heard_iopub = self._welcomed = False
         self._start_timer: Timer | None = None
         self._last_message = 0.0
-        self._restarting = self._dying = self._reconnecting = self._loss_told = False
+        self._restarting = self._dying = self._reconnecting = self._loss_told = self._is_held = False
         self._claiming = self._leaving = self._others_run = self._too_late = False
         self._loss_to_tell: Died | None = None
         self._releasing = 0
@@ -200,6 +200,14 @@ class Kernel:
     def abandon(self, run: Run) -> None:
         """Nobody will see the result of *run*: if variables were lost in it, the next one tells."""
         self._loop.call_soon(lambda: self._abandon(run))
+
+    def resume(self, pause: Pause) -> None:
+        """End *pause*, which was executed: runs go on that have waited for that; or it does not begin."""
+        self._loop.call_soon(lambda: self._resume(pause))
+
+    def hold(self, *, on: bool) -> None:
+        """Its process has been stopped, or goes on: the clock of its run does the same."""
+        self._loop.call_soon(lambda: self._hold(on=on))
 
     def call(self, call: GuestCall) -> None:
         """Call a function of its guest; the inbox of the call gets what it returns."""
@@ -427,6 +435,10 @@ class Kernel:
         self._advance()
 
     def _begin(self, run: Run) -> None:
+        if isinstance(run, Pause):
+            self._current = run
+            run.inbox.put(Started(None))
+            return
         if run.metadata and (self.info is None or FEATURE not in self.info.supported_features):
             # It would run the code and leave out what was asked for with it.
             run.inbox.put(NotRun(f"not run: {self._name} cannot set environment variables for one run"))
@@ -447,6 +459,12 @@ class Kernel:
     def _over(self, run: Run) -> None:
         self._finish(run, Done())
         self._advance()
+
+    def _resume(self, pause: Pause) -> None:
+        if pause is self._current:
+            self._over(pause)
+        elif pause in self._queue:
+            self._queue.remove(pause)
 
     def _over_without_reply(self, run: Run) -> None:
         if run.replied or (run.started and not run.idle_by_itself):
@@ -488,7 +506,18 @@ class Kernel:
         run.unanswered = 0  # it was the latest that was answered
         content = {"value": value}
         self._send(self._session.message("stdin", "input_reply", content, parent_header=asked.header))
-        if run.time_left is not None and not run.stopping:
+        self._start_clock(run)
+
+    def _hold(self, *, on: bool) -> None:
+        self._is_held = on
+        run = self._current
+        if run is not None and on:
+            self._pause_clock(run)
+        elif run is not None and not run.unanswered:  # else it waits for an answer
+            self._start_clock(run)
+
+    def _start_clock(self, run: Run) -> None:
+        if run.time_left is not None and not run.stopping and not self._is_held:
             run.deadline = self._loop.call_later(run.time_left, lambda: self._time_out(run))
             run.time_left = None
 
@@ -525,7 +554,7 @@ class Kernel:
         self._death_unreported |= run.lost_state
 
     def _stop(self, run: Run) -> None:
-        if run.stopping:
+        if run.stopping or isinstance(run, Pause):
             return
         run.stopping = True
         _cancel(run.deadline)

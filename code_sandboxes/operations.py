@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from code_sandboxes.checks import check_environment, check_seconds, check_str, check_str_mapping
 from code_sandboxes.errors import (
@@ -65,12 +65,14 @@ from code_sandboxes.variants.base import ContextSpec, Record, Variant
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
-__all__ = ["Core", "find", "find_all", "live_cores"]
+__all__ = ["Core", "Origin", "find", "find_all", "live_cores"]
 
 _log = logging.getLogger(__name__)
 
 DEFAULT = "default"
 """The context of runs that name none."""
+
+_ALIVE = (SandboxStatus.RUNNING, SandboxStatus.PAUSED)
 
 # Who gives a run up (Ctrl-C, a cancellation) waits so many seconds for its end. It is stopped, by force if
 # need be, whether anybody waits or not, and the next run on its context begins after that.
@@ -80,19 +82,42 @@ _PATIENCE = 1.0
 class _Held:
     """A context and its kernel."""
 
-    def __init__(self, context: Context, kernel: Kernel) -> None:
-        self.context = context
+    def __init__(self, spec: ContextSpec, kernel: Kernel) -> None:
+        self.spec = spec
+        self.context = Context(spec.id, spec.name, spec.language, spec.cwd)
         self.kernel = kernel
+
+
+class Origin(Protocol):
+    """What a sandbox is made from, if it does not begin with nothing."""
+
+    def find(self) -> None:
+        """Before anything is started; may block.
+
+        Raises:
+            SandboxError: it is not there, or not for this sandbox.
+        """
+
+    def restore(self, core: Core) -> Operation[None]:
+        """Let *core*, which has just been started, be as that was."""
 
 
 class Core:
     """One sandbox without a front: its state, and its operations.
 
     It belongs to the process that made it, or attached to it.
+
+    Attributes:
+        metadata: more about it, for whoever looks at it in this program.
     """
 
     def __init__(
-        self, variant: Variant, config: SandboxConfig, name: str | None, tags: Mapping[str, str]
+        self,
+        variant: Variant,
+        config: SandboxConfig,
+        name: str | None,
+        tags: Mapping[str, str],
+        origin: Origin | None = None,
     ) -> None:
         self.id = f"{variant.name}:{os.urandom(8).hex()}"
         self.name = name
@@ -101,6 +126,8 @@ class Core:
         self.variant = variant
         self.status = SandboxStatus.CREATED
         self.created_at: float | None = None
+        self.metadata: dict[str, object] = {}
+        self._origin = origin
         self._ends_at: float | None = None  # monotonic: clocks are set
         self._why_ended = ""
         self._must_end = False
@@ -114,6 +141,8 @@ class Core:
     def start(self) -> Operation[None]:
         """Make what the sandbox needs, and start its first kernel; after a failure nothing is left."""
         self._check_process()
+        if self._origin is not None:
+            yield from in_worker(self._origin.find, apart=True)
         with self._lock:
             if self.status is not SandboxStatus.CREATED:
                 raise SandboxNotStartedError(f"{self.id} cannot be started: it is {self.status}")
@@ -126,6 +155,8 @@ class Core:
             yield from in_worker(self._prepare)
             self.variant.warn()
             yield from self._started(self._default_context(None))
+            if self._origin is not None:
+                yield from self._origin.restore(self)
         except BaseException:
             try:
                 yield from self.terminate(orderly=False, why="its start failed")
@@ -141,7 +172,7 @@ class Core:
     def _attach(self, record: Record) -> None:
         """Take up what another program made, or this one in an earlier life."""
         self.id, self.created_at = record.id, record.created_at
-        self.status = SandboxStatus.RUNNING
+        self.status = SandboxStatus.PAUSED if record.metadata.get("paused") else SandboxStatus.RUNNING
         if record.time_left is not None:
             self.rescheduled(record.time_left)
         for spec in record.contexts:
@@ -156,7 +187,7 @@ class Core:
 
     def detach(self) -> Operation[None]:
         """Let go of it, and let it go on; a run that is on goes on, too."""
-        self.check_running()
+        self.check_running(or_paused=True)
         if not self.variant.has_registry:
             self.variant.detach(keep=True)  # which refuses
         why = f"this program detached from it; reach it with Sandbox.from_id({self.id!r})"
@@ -167,7 +198,7 @@ class Core:
         why = "its program ended"
         if not self.variant.has_registry:
             yield from self.terminate(orderly=False, why=why)
-        elif self.status is SandboxStatus.RUNNING:
+        elif self.status in _ALIVE:
             yield from self._stop(SandboxStatus.STOPPED, why, lambda: self._let_go(why, keep=False))
 
     def _stop(
@@ -175,7 +206,7 @@ class Core:
     ) -> Operation[bool]:
         over = Inbox()
         with self._lock:
-            was_running = self.status is SandboxStatus.RUNNING or self._must_end
+            was_running = self.status in _ALIVE or self._must_end
             self._must_end = was_running  # should Ctrl-C come before the end is under way
             if was_running:
                 # It goes on in the I/O thread, whatever becomes of the one who waits for it here.
@@ -231,21 +262,33 @@ class Core:
 
     def set_timeout(self, seconds: float) -> Operation[None]:
         """It ends that long from now, shorter or longer than before."""
-        self.check_running()
+        self.check_running(or_paused=True)
         seconds = check_seconds("seconds", seconds)
         why = f"the {seconds:g} s that set_timeout() gave it are over"
         yield from in_worker(lambda: self.variant.expire_in(seconds, why), apart=True)
         self.rescheduled(seconds)
 
+    def pause(self) -> Operation[None]:
+        """Stop all its processes until :meth:`resume`; to do so twice is once."""
+        self.check_running(or_paused=True)
+        yield from in_worker(lambda: self.variant.pause(on=True), apart=True)
+        self.paused(on=True)
+
+    def resume(self) -> Operation[None]:
+        """Let its processes go on, if they do not."""
+        self.check_running(or_paused=True)
+        yield from in_worker(lambda: self.variant.pause(on=False), apart=True)
+        self.paused(on=False)
+
     def set_tags(self, tags: Mapping[str, str]) -> Operation[None]:
         tags = check_str_mapping("tags", tags)
         if self.status is not SandboxStatus.CREATED:
-            self.check_running()
+            self.check_running(or_paused=True)
             yield from in_worker(lambda: self.variant.set_tags(tags), apart=True)
         self.tags = tags
 
     def network_log(self) -> Operation[list[NetworkAttempt]]:
-        self.check_running()
+        self.check_running(or_paused=True)
         return (yield from in_worker(self.variant.network_log, apart=True))
 
     @property
@@ -263,6 +306,7 @@ class Core:
             created_at=self.created_at or time.time(),
             time_left=None if self._ends_at is None else self._ends_at - time.monotonic(),
             isolation=self.variant.isolation,
+            metadata=self.variant.metadata,
         )
 
     # What others do to it; in the I/O thread.
@@ -273,12 +317,20 @@ class Core:
     def tagged(self, tags: Mapping[str, str]) -> None:
         self.tags = dict(tags)
 
+    def paused(self, *, on: bool) -> None:
+        with self._lock:
+            if self.status in _ALIVE:
+                self.status = SandboxStatus.PAUSED if on else SandboxStatus.RUNNING
+            contexts = list(self._contexts.values())
+        for held in contexts:
+            held.kernel.hold(on=on)
+
     def rescheduled(self, time_left: float) -> None:
         self._ends_at = time.monotonic() + time_left
 
     def context_added(self, spec: ContextSpec) -> None:
         with self._lock:
-            if spec.id not in self._contexts and self.status is SandboxStatus.RUNNING:
+            if spec.id not in self._contexts and self.status in _ALIVE:
                 self._hold(spec)
 
     def context_deleted(self, context_id: str) -> None:
@@ -287,10 +339,10 @@ class Core:
         if held is not None:
             held.kernel.close(Inbox(), f"the context {held.context.name!r} was deleted", orderly=False)
 
-    def check_running(self) -> None:
+    def check_running(self, *, or_paused: bool = False) -> None:
         """
         Raises:
-            SandboxNotStartedError: it was not started yet, or has ended.
+            SandboxNotStartedError: it was not started yet, is paused, or has ended.
             SandboxConnectionError: it belongs to another process.
         """
         self._check_process()
@@ -300,6 +352,8 @@ class Core:
             raise SandboxNotStartedError(f"{self.id} is not to be used from here: {self._why_ended}")
         if self.status is SandboxStatus.STOPPED:
             raise SandboxNotStartedError(f"{self.id} is terminated: {self._why_ended}")
+        if self.status is SandboxStatus.PAUSED and not or_paused:
+            raise SandboxNotStartedError(f"{self.id} is paused: call resume()")
 
     @property
     def is_of_this_process(self) -> bool:
@@ -472,6 +526,27 @@ class Core:
         held.kernel.restart(inbox)
         yield from _until_ready(inbox)
 
+    def kernels(self) -> list[tuple[ContextSpec, Kernel]]:
+        """What runs each context, the default one first, in the same order for every program."""
+        contexts = sorted(self._contexts.values(), key=lambda held: (held.spec.id != DEFAULT, held.spec.id))
+        return [(held.spec, held.kernel) for held in contexts]
+
+    def make_again(self, spec: ContextSpec) -> Operation[Context]:
+        """A context as *spec* says, which is another sandbox's; one of those that are there by themselves.
+
+        Raises:
+            ValueError: there is no such kernel.
+            SandboxConnectionError: it did not start.
+        """
+        if spec.id == DEFAULT or spec.id.startswith(f"{DEFAULT}-"):
+            held = self._default_context(None if spec.id == DEFAULT else spec.kernel_name)
+            yield from self._started(held)
+            return held.context
+        context = yield from self.create_context(
+            spec.name, language=spec.kernel_name, cwd=spec.cwd, env=spec.env
+        )
+        return context
+
     def delete_context(self, context: Context | str) -> Operation[None]:
         self.check_running()
         yield from self._delete(self._find(context))
@@ -539,8 +614,7 @@ class Core:
         limits = Limits(grace=self.config.interrupt_grace, start=self.config.start_timeout)
         launch = self.variant.launcher(spec)
         kernel = Kernel(the_loop(), launch, f"the kernel {spec.kernel_name!r}", limits)
-        context = Context(spec.id, spec.name, spec.language, spec.cwd)
-        held = self._contexts[spec.id] = _Held(context, kernel)
+        held = self._contexts[spec.id] = _Held(spec, kernel)
         return held
 
     def _started(self, held: _Held) -> Operation[None]:
@@ -653,7 +727,7 @@ def live_cores() -> list[Core]:
 
 def _live_core(sandbox_id: str) -> Core | None:
     for core in live_cores():
-        if core.id == sandbox_id and core.status is SandboxStatus.RUNNING and core.is_of_this_process:
+        if core.id == sandbox_id and core.status in _ALIVE and core.is_of_this_process:
             return core
     return None
 

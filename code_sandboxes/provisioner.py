@@ -425,6 +425,9 @@ class _Sandbox:
     def rescheduled(self, time_left: float) -> None:
         return
 
+    def paused(self, *, on: bool) -> None:
+        return
+
     def context_added(self, spec: ContextSpec) -> None:
         return
 

@@ -15,13 +15,24 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
 
-__all__ = ["CGROUP", "MARK", "USERS", "Reaper", "end_cgroups", "end_marked", "kill_cgroup", "remove_tree"]
+__all__ = [
+    "CGROUP",
+    "MARK",
+    "USERS",
+    "Reaper",
+    "end_cgroups",
+    "end_marked",
+    "kill_cgroup",
+    "remove_container",
+    "remove_tree",
+]
 
 MARK = "CODE_SANDBOXES_KERNEL"
 """The environment variable by which a kernel, and whatever comes of it, is known: the kernel's folder."""
@@ -63,6 +74,7 @@ class Reaper:
         self._folders: set[str] = set()
         self._groups: set[int] = set()
         self._cgroups: set[str] = set()
+        self._containers: set[tuple[str, str]] = set()
 
     def guard_folder(self, folder: str) -> None:
         with self._lock:
@@ -89,6 +101,17 @@ class Reaper:
             self._cgroups.difference_update(folders)
             self._tell()
 
+    def guard_container(self, engine: str, name: str) -> None:
+        """Containers end by themselves with the program, but for those that are paused."""
+        with self._lock:
+            self._containers.add((engine, name))
+            self._tell()
+
+    def release_container(self, engine: str, name: str) -> None:
+        with self._lock:
+            self._containers.discard((engine, name))
+            self._tell()
+
     def close(self) -> None:
         """The program ends in an orderly way; what is still guarded is ended now."""
         process, self._process = self._process, None
@@ -107,6 +130,7 @@ class Reaper:
             "folders": sorted(self._folders),
             "groups": sorted(self._groups),
             "cgroups": sorted(self._cgroups, reverse=True),  # what is further down has to go first
+            "containers": sorted(self._containers),
         }
         line = json.dumps(guarded).encode() + b"\n"
         if self._process is None and not any(guarded.values()):
@@ -141,8 +165,13 @@ def main(program: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     line = _last_line(program)
     if line:
-        left = json.loads(line)
-        _end(left["groups"], left["folders"], left["cgroups"], was_killed=os.getppid() != program)
+        left, was_killed = json.loads(line), os.getppid() != program
+        missing = _remove_containers(left["containers"])
+        _end(left["groups"], left["folders"], left["cgroups"], was_killed=was_killed)
+        give_up = time.monotonic() + _PERSISTENCE
+        while missing and was_killed and time.monotonic() < give_up:  # an engine may still be making them
+            time.sleep(_NEWBORN)
+            missing = _remove_containers(missing)
 
 
 def _last_line(program: int) -> bytes:
@@ -183,6 +212,36 @@ def _end(groups: list[int], folders: list[str], cgroups: list[str], *, was_kille
     for folder in folders:
         with contextlib.suppress(OSError):  # the next one must go all the same
             remove_tree(folder)
+
+
+def _remove_containers(containers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of them that are not there."""
+    missing = []
+    for engine, name in containers:
+        with contextlib.suppress(OSError):  # the rest must go all the same
+            if not remove_container(engine, name):
+                missing.append((engine, name))
+    return missing
+
+
+def remove_container(engine: str, name: str) -> bool:
+    """End and remove a container (Docker Engine API, "Remove a container"); False if it is not there.
+
+    Args:
+        engine: the URL of a Unix socket.
+
+    Raises:
+        OSError: no engine listens there.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_PERSISTENCE)
+        connection.connect(engine.partition("://")[2])
+        request = f"DELETE /containers/{name}?force=1&v=1 HTTP/1.1"
+        connection.sendall(f"{request}\r\nHost: engine\r\nConnection: close\r\n\r\n".encode())
+        answer = b""
+        while part := connection.recv(4096):  # it answers when it is done
+            answer += part
+    return answer.split(b" ", 2)[1:2] != [b"404"]
 
 
 def end_cgroups(folders: Sequence[str]) -> None:

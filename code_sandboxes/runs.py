@@ -12,7 +12,7 @@ from code_sandboxes.transports.loop import Timer
 if TYPE_CHECKING:
     from code_sandboxes.kernel import Kernel
 
-__all__ = ["Run"]
+__all__ = ["Pause", "Run"]
 
 # What a caller need not be woken for: it comes with the next event, and the last one always wakes. Streams
 # do always, so that the caller takes them while they come.
@@ -63,3 +63,14 @@ class Run:
         self.told = False
         self.loss_told = self.reply_lost = False
         self.unanswered = 0
+
+
+class Pause(Run):
+    """Takes its turn as a run does, and then nothing is run, by whichever program, until it is let go.
+
+    Its inbox gets :class:`Started` when its turn has come; else what a run gets that is not begun.
+    """
+
+    def __init__(self, kernel: Kernel, inbox: Inbox) -> None:
+        super().__init__(kernel, {}, None, inbox)
+        self.abandoned = True  # if variables are lost meanwhile, the next run tells

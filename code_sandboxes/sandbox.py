@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from code_sandboxes.commands import SandboxCommands
     from code_sandboxes.config import SandboxConfig
     from code_sandboxes.files import SandboxFilesystem
+    from code_sandboxes.snapshots import SnapshotInfo
 
-__all__ = ["CodeStream", "LocalEvalSandbox", "LocalJupyterSandbox", "Sandbox"]
+__all__ = ["CodeStream", "LocalDockerSandbox", "LocalEvalSandbox", "LocalJupyterSandbox", "Sandbox"]
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Sandbox(Front):
             network_policy: ``inherit``, ``all``, ``none`` or ``allowlist``.
             allowed_hosts: read under ``allowlist`` only.
             tags: to find it by.
-            snapshot_name: what to start from, where the variant has snapshots.
+            snapshot_name: the snapshot of this variant to start from, see :meth:`create_snapshot`.
             options: those of the variant.
 
         Raises:
@@ -92,6 +93,7 @@ class Sandbox(Front):
             TypeError: an option is unknown, or a parameter is of the wrong type.
             SandboxConfigurationError: the variant cannot honour a setting.
             SandboxConnectionError: its kernel did not start; what it said is in the message.
+            SandboxSnapshotError: there is no such snapshot, or it cannot be restored.
         """
         sandbox = _CLASSES[known_variant(variant)](
             config=config,
@@ -182,6 +184,22 @@ class Sandbox(Front):
     def set_timeout(self, seconds: float) -> None:
         """Let it end that long from now, shorter or longer than before; not the timeout of a run."""
         drive(self._core.set_timeout(seconds))
+
+    def pause(self) -> None:
+        """Let nothing in it go on until :meth:`resume`; variables, files and what runs stay as they are.
+
+        Using its code, files and commands raises meanwhile. The time does not count against the timeout of a
+        run, but against the lifetime of the sandbox and its idle time.
+
+        Raises:
+            SandboxConfigurationError: its processes cannot be stopped together.
+            SandboxConnectionError: one of them does not stop.
+        """
+        drive(self._core.pause())
+
+    def resume(self) -> None:
+        """Let all of it go on, if it was paused."""
+        drive(self._core.resume())
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Replace its tags."""
@@ -371,6 +389,50 @@ class Sandbox(Front):
         """
         return drive(package_operations.install_requirements(self._core, path, timeout, context))
 
+    # Snapshots.
+
+    def create_snapshot(self, name: str) -> SnapshotInfo:
+        """Keep its files and variables as they are now, for ``create(snapshot_name=...)``.
+
+        It waits its turn as a run does: code that runs comes to its end, and no other runs meanwhile. Threads
+        of the code and commands go on; what they change may be found in the snapshot or not.
+
+        Files are those that are the sandbox's own: all that was written below ``/``, if it has that for
+        itself, else in its home; nothing of what is mounted. Variables are those of all Python contexts, with
+        the functions and classes that were defined in them; what they share they share again, also between
+        variables. What cannot be carried (open files, generators, locks, more than 4 GiB) is in
+        ``not_carried`` with its reason. Running commands, threads, what code has done to its environment
+        variables and working directory, and the history are not carried.
+
+        Args:
+            name: to find it by; unique among the snapshots of a variant.
+
+        Raises:
+            SandboxSnapshotError: there is one of that name, or no room for it; nothing is left of it.
+            SandboxConfigurationError: the variant has no snapshots.
+            ValueError: no snapshot can have that name.
+            RuntimeError: called from a callback of a run.
+        """
+        from code_sandboxes import snapshot_operations
+
+        return drive(snapshot_operations.create_snapshot(self._core, name))
+
+    def list_snapshots(self) -> builtins.list[SnapshotInfo]:
+        """The snapshots of this variant, of whichever sandbox, the oldest first."""
+        from code_sandboxes import snapshot_operations
+
+        return drive(snapshot_operations.list_snapshots(self._core))
+
+    def delete_snapshot(self, id: str) -> None:
+        """Delete a snapshot, by its id or name; sandboxes that were made from it stay as they are.
+
+        Raises:
+            SandboxSnapshotError: there is no such snapshot.
+        """
+        from code_sandboxes import snapshot_operations
+
+        drive(snapshot_operations.delete_snapshot(self._core, id))
+
     # Files.
 
     @property
@@ -430,6 +492,12 @@ class LocalJupyterSandbox(Sandbox):
     _variant = SandboxVariant.LOCAL_JUPYTER
 
 
+class LocalDockerSandbox(Sandbox):
+    """Kernels in a container on this machine."""
+
+    _variant = SandboxVariant.LOCAL_DOCKER
+
+
 class CodeStream:
     """What a run produces: ``OutputMessage``, ``Result`` and ``ExecutionError``, live and in order.
 
@@ -485,7 +553,7 @@ class CodeStream:
             self._result = stop.value
 
 
-_CLASSES = {each._variant: each for each in (LocalEvalSandbox, LocalJupyterSandbox)}
+_CLASSES = {each._variant: each for each in (LocalDockerSandbox, LocalEvalSandbox, LocalJupyterSandbox)}
 
 
 def _end_all() -> None:

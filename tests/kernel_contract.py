@@ -90,7 +90,7 @@ class Abilities:
     keeps_history: bool = False
     """Counts what is stored in its history, and nothing else."""
     names_interrupts: bool = False
-    """Code that is interrupted fails, with ``KeyboardInterrupt``."""
+    """Code that is interrupted fails, with ``KeyboardInterrupt``, and nothing else feels an interrupt."""
 
 
 @dataclass(frozen=True)
@@ -645,7 +645,7 @@ def test_an_interrupt_ends_code_that_awaits(kernel: Conversation, awaits: str, p
 
 
 def test_an_interrupt_while_nothing_runs_is_not_felt_by_what_runs_next(
-    kernel: Conversation, prints: str
+    kernel: Conversation, prints: str, names_interrupts: bool
 ) -> None:
     for _ in range(5):
         kernel.interrupt()

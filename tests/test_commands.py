@@ -333,6 +333,7 @@ def test_more_than_is_kept_says_so(variant: str) -> None:
 # Scripts.
 
 
+@pytest.mark.not_in_a_container("this interpreter is not there")
 def test_a_script_is_run_by_its_interpreter_and_may_read_input(commands: SandboxCommands) -> None:
     script = "read line\nif [[ $line == x* ]]; then echo \"got '$line'\"; fi\nexit 4\n"
     result = commands.run_script(script, stdin="xyz\n")
@@ -678,6 +679,7 @@ def test_output_that_cannot_be_is_not_believed(data: object, buffers: list[bytes
 # Packages of the system.
 
 
+@pytest.mark.not_in_a_container("they are not this machine")
 def test_system_packages_are_not_installed_on_this_machine(commands: SandboxCommands) -> None:
     with pytest.raises(SandboxConfigurationError, match="on this machine itself; use local-docker"):
         commands.install_system_packages(["curl"])

@@ -81,6 +81,7 @@ def test_restarting_cuts_a_run_short_and_the_next_one_works(sandbox: Sandbox) ->
     assert (again.text, again.state_preserved) == ("False", True)
 
 
+@pytest.mark.not_in_a_container("its processes have other numbers there")
 @pytest.mark.needs("own_process")
 @pytest.mark.from_this_machine
 @pytest.mark.slow

@@ -143,6 +143,7 @@ def test_another_language_refuses_them(sandbox: Sandbox) -> None:
         sandbox.run_code("echo $A", language="bash", envs={"A": "1"})
 
 
+@pytest.mark.not_in_a_container("it runs its image's kernel")
 @pytest.mark.needs("own_process")
 def test_a_kernel_that_would_leave_them_out_does_not_run_the_code(
     make_sandbox: MakeSandbox, install_kernel: Callable[..., str], variant: str

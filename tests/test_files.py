@@ -749,6 +749,7 @@ def test_events_that_were_lost_are_told_and_those_before_are_there(
 # Endings.
 
 
+@pytest.mark.not_in_a_container("its processes have other numbers there")
 @pytest.mark.slow
 @pytest.mark.needs("own_process")
 def test_a_transfer_whose_kernel_dies_says_so_and_leaves_nothing_here(

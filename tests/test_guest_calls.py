@@ -265,6 +265,7 @@ def stock_kernel(install_kernel: Callable[..., str]) -> Callable[[str, str], str
     return install
 
 
+@pytest.mark.not_in_a_container("it runs its image's kernel")
 @pytest.mark.needs("own_process", "magics")
 @pytest.mark.slow
 def test_the_guest_is_brought_to_a_kernel_while_it_runs_code(
@@ -283,6 +284,7 @@ def test_the_guest_is_brought_to_a_kernel_while_it_runs_code(
     )
 
 
+@pytest.mark.not_in_a_container("it runs its image's kernel")
 @pytest.mark.needs("own_process", "magics")
 @pytest.mark.slow
 def test_a_kernel_without_subshells_answers_when_the_code_is_over_and_says_so(

@@ -378,6 +378,7 @@ def test_set_timeout_can_be_longer_and_shorter_and_is_told_to_all(start_program:
             sandbox.run_code("1")
 
 
+@pytest.mark.not_in_a_container("the folder that is mounted would show the keeper")
 @pytest.mark.slow
 def test_set_timeout_cuts_a_run_short(folder: Path, make_sandbox: MakeSandbox) -> None:
     sandbox = make_sandbox(config=SandboxConfig(max_lifetime=0))

@@ -18,7 +18,7 @@ ROOT = Path(code_sandboxes.__file__).parent
 # From the top down; a module imports from its own layer and from those below.
 LAYERS = [
     {"__main__"},
-    {"doctor", "kernelspec_command"},
+    {"build_image", "doctor", "kernelspec_command"},
     {"provisioner"},
     {"__init__"},
     {"pool"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"async_commands", "async_files"},
     {"commands", "files"},
     {"awaiting", "blocking"},
-    {"package_operations", "system_packages"},
+    {"package_operations", "snapshot_operations", "system_packages"},
     {"command_operations", "file_operations", "variable_operations"},
     {"processes", "transfers"},
     {"operations"},
@@ -36,17 +36,20 @@ LAYERS = [
     {"variants"},
     {"kernel", "keeper", "inprocess"},
     {"steps", "guest_link"},
-    {"arrow", "guest_boot", "guest_values", "kernel_process", "runs"},
+    {"arrow", "guest_boot", "guest_values", "kernel_process", "runs", "snapshots"},
     {"isolation"},
     {"inbox", "transports", "guest", "reaper"},
     {"protocol"},
     {"config", "info"},
-    {"checks", "file_info", "forks", "network_info", "process_info", "results"},
+    {"checks", "file_info", "forks", "frames", "network_info", "process_info", "results"},
     {"errors"},
 ]
 
 # Each foreign library is the business of these modules alone.
 FOREIGN = {
+    "docker": {"isolation/container_engine.py", "isolation/engine.py"},
+    "requests": {"isolation/container_engine.py", "isolation/engine.py"},
+    "urllib3": {"isolation/engine.py"},
     "zmq": {"guest/launch.py"},
     "jupyter_client": {"kernelspec_command.py", "provisioner.py", "variants/kernelspecs.py"},
     "traitlets": {"config.py", "provisioner.py", "variants/kernelspecs.py"},
@@ -107,9 +110,8 @@ def test_import_brings_no_library_along_that_only_a_variant_needs() -> None:
     program = "import sys, code_sandboxes; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
-    assert not {"jupyter_client", "ipykernel", "asyncio", "tornado", "traitlets", "zmq"} & set(
-        loaded.stdout.split()
-    )
+    libraries = {"docker", "jupyter_client", "ipykernel", "asyncio", "tornado", "traitlets", "zmq"}
+    assert not libraries & set(loaded.stdout.split())
 
 
 @pytest.mark.slow

@@ -102,6 +102,7 @@ def test_no_thread_is_left_of_a_sandbox_that_ended(make_sandbox: MakeSandbox, en
     wait_until(lambda: set(threading.enumerate()) <= before)
 
 
+@pytest.mark.not_in_a_container("its processes have other numbers there")
 @pytest.mark.needs("own_process")
 @pytest.mark.parametrize("end", ["terminate", "kill"])
 @pytest.mark.slow
@@ -123,6 +124,7 @@ def test_nothing_is_left_of_a_sandbox_that_ended(
     wait_until(lambda: not any(_lives(pid) for pid in pids))
 
 
+@pytest.mark.not_in_a_container("there is no file with a connection")
 @pytest.mark.needs("own_process")
 def test_the_folder_of_a_sandbox_is_closed_to_other_users(sandbox: Sandbox, runtime_folder: Path) -> None:
     for folder in runtime_folder.iterdir():
@@ -132,6 +134,7 @@ def test_the_folder_of_a_sandbox_is_closed_to_other_users(sandbox: Sandbox, runt
     assert all(path.stat().st_mode & 0o077 == 0 for path in connection_files)
 
 
+@pytest.mark.not_in_a_container("it starts elsewhere than at home")
 @pytest.mark.needs("environment")
 def test_the_environment_is_not_the_programs_own(
     make_sandbox: MakeSandbox, monkeypatch: pytest.MonkeyPatch
@@ -164,6 +167,7 @@ def test_the_user_namespace_is_as_in_a_fresh_notebook(sandbox: Sandbox) -> None:
     assert sandbox.run_code("import debugpy; debugpy.__name__").text == "'debugpy'"
 
 
+@pytest.mark.not_in_a_container("it may take longer to start")
 @pytest.mark.slow
 def test_max_lifetime_ends_it(make_sandbox: MakeSandbox, runtime_folder: Path) -> None:
     before = sandbox_folders(runtime_folder)
@@ -271,8 +275,10 @@ def test_local_jupyter_and_local_eval_say_how_they_differ() -> None:
         name for name in Capabilities.__slots__ if bool(getattr(kernel, name)) != bool(getattr(here, name))
     }
     isolated = {"network_none", "network_allowlist", "memory_limit", "cpu_limit", "pids_limit", "disk_limit"}
-    differ -= isolated | {"mounts"}  # which depend on this machine
-    assert differ == {"own_process", "environment", "magics", "interrupt_blocked", "idle_timeout"}
+    differ -= isolated | {"mounts", "pause"}  # which depend on this machine
+    assert differ == {
+        *("own_process", "environment", "magics", "interrupt_blocked", "idle_timeout", "snapshots")
+    }
 
 
 # Programs

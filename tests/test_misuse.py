@@ -23,7 +23,7 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
     (
         {"variant": "local-jupiter"},
         "ValueError",
-        r"no sandbox variant 'local-jupiter' \(known: local-eval, local-jupyter\)",
+        r"no sandbox variant 'local-jupiter' \(known: local-docker, local-eval, local-jupyter\)",
     ),
     (
         {"colour": "red"},
@@ -106,9 +106,9 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
         "local-jupyter cannot start in working_dir='/nowhere': there is no such directory on this machine",
     ),
     (
-        {"snapshot_name": "mine"},
-        "SandboxConfigurationError",
-        "local-jupyter cannot restore the snapshot 'mine': it cannot make any yet",
+        {"snapshot_name": "no such snapshot"},
+        "SandboxSnapshotError",
+        r"no snapshot 'no such snapshot' of local-jupyter \(known: .*\)",
     ),
     (
         {"kernel_name": "cobol"},
@@ -144,7 +144,7 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
             (
                 {"snapshot_name": "mine"},
                 REFUSED,
-                "cannot restore the snapshot 'mine': it cannot make any yet",
+                "cannot make or restore snapshots: it cannot do that yet",
             ),
         )
     ),
@@ -199,6 +199,7 @@ def test_a_bad_argument_of_a_run_is_refused_and_the_sandbox_goes_on(
 
 
 UNKNOWN_LANGUAGE = {
+    "local-docker": "local-docker only runs the Python of its image, not the language 'cobol'",
     "local-eval": "local-eval only supports Python, not the language 'cobol'",
     "local-jupyter": rf"no kernel for the language 'cobol' \(installed: {KERNELS}.*\)",
 }

@@ -97,6 +97,7 @@ def digest(text: str) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
 
 
+@pytest.mark.not_in_a_container("it runs its image's kernel")
 @pytest.mark.needs("own_process")
 @pytest.mark.slow
 def test_what_is_installed_can_be_imported_in_the_next_cell(
@@ -115,6 +116,7 @@ def test_what_is_installed_can_be_imported_in_the_next_cell(
     assert sandbox.run_code(code).text == repr(name)
 
 
+@pytest.mark.not_in_a_container("it runs its image's kernel")
 @pytest.mark.needs("own_process")
 @pytest.mark.slow
 def test_requirements_of_this_machine_are_installed_and_leave_no_file(
@@ -132,6 +134,7 @@ def test_requirements_of_this_machine_are_installed_and_leave_no_file(
     assert sandbox.run_code(look).text == before
 
 
+@pytest.mark.not_in_a_container("it runs its image's kernel")
 @pytest.mark.needs("own_process")
 @pytest.mark.slow
 def test_a_failure_says_what_pip_said(sandbox_to_install_in: Sandbox, tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_what_cannot_be_started_leaves_nothing(
     before = open_descriptors()
     program.failure(program.start("", b"script", argv=argv, script=True))
     assert list(tmp_path.iterdir()) == []
-    assert open_descriptors() == before
+    assert open_descriptors() <= before  # others' may be closed meanwhile
 
 
 def test_a_time_out_is_kept_while_nobody_reads(program: Program) -> None:

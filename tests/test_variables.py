@@ -521,6 +521,7 @@ def test_a_variable_is_set_in_the_namespace_and_read_from_it(shared_sandbox: San
     assert shared_sandbox.get_variable("x") == {"a": [2, None, "\ud800"]}
 
 
+@pytest.mark.not_in_a_container("its image has no such packages")
 @pytest.mark.parametrize(
     "value", [b"", b"\0\xff", "", [], {}, None, 2**5000, np.zeros((0, 3)), np.arange(6.0).reshape(2, 3).T]
 )
@@ -534,6 +535,7 @@ def test_more_bytes_than_go_at_once_arrive_in_order(shared_sandbox: Sandbox, siz
     assert through(shared_sandbox, value) == value
 
 
+@pytest.mark.not_in_a_container("its image has no such packages")
 def test_frames_go_through_a_kernel(shared_sandbox: Sandbox) -> None:
     pd.testing.assert_frame_equal(through(shared_sandbox, PANDAS["times"]), PANDAS["times"])
     assert shared_sandbox.run_code("type(x).__module__.split('.')[0]").text == "'pandas'"
@@ -699,6 +701,7 @@ def most(sandbox: Sandbox) -> int:
     return int(sandbox.run_code(code).text or 0) * 1024  # Linux counts in KiB
 
 
+@pytest.mark.not_in_a_container("its image has no such packages")
 @pytest.mark.slow
 @pytest.mark.one_front
 def test_a_large_array_takes_its_own_memory_and_little_more(sandbox: Sandbox) -> None:
@@ -767,6 +770,7 @@ def test_items_of_no_size_are_not_any_number() -> None:
         values.decode(form, BytesIO())
 
 
+@pytest.mark.not_in_a_container("its image has no such packages")
 def test_a_field_whose_name_is_no_text_is_refused(shared_sandbox: Sandbox) -> None:
     shared_sandbox.run_code("import numpy; odd = numpy.zeros(2, dtype=[('\\ud800', 'f8')])")
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.drivers.service import serve, timed
-from code_sandboxes import ExecutionResult, OutputMessage, Sandbox
+from code_sandboxes import ExecutionResult, OutputMessage, Sandbox, SandboxPool
+
+# Seconds after which each of a pool's sandboxes has surely started.
+_FILLED = 1.5
 
 
 class Ours:
@@ -23,12 +26,25 @@ class Ours:
         self, variant: str = "local-jupyter", isolation: str = "none", network: str = "inherit"
     ) -> list[float]:
         """Seconds from ``create()`` to its first result."""
-        isolated = {"isolation": isolation, "network_policy": network}
-        options: dict[str, Any] = isolated if variant == "local-jupyter" else {}
+        options: dict[str, Any] = {} if variant == "local-eval" else {"network_policy": network}
+        options |= {"isolation": isolation} if variant == "local-jupyter" else {}
         began = time.perf_counter()
         self._sandbox = Sandbox.create(variant=variant, timeout=0, **options)
         self._check(self._sandbox.run_code("1+1"))
         return [time.perf_counter() - began]
+
+    def acquire(self, variant: str, size: int) -> list[float]:
+        """Seconds from ``acquire()`` to the first result, of each in a full pool."""
+        seconds = []
+        with SandboxPool(variant, size=size, network_policy="none") as pool:
+            time.sleep(_FILLED * size)
+            taken = []
+            for _ in range(size):
+                began = time.perf_counter()
+                taken.append(pool.acquire())
+                self._check(taken[-1].run_code("1+1"))
+                seconds.append(time.perf_counter() - began)
+        return seconds
 
     def connection_file(self) -> str:
         """Of the kernel, for another client of it."""
@@ -132,6 +148,7 @@ if __name__ == "__main__":
     serve(
         {
             "create": ours.create,
+            "acquire": ours.acquire,
             "connection_file": ours.connection_file,
             "run": ours.run,
             "latency": ours.latency,

@@ -15,10 +15,13 @@ from types import CodeType, ModuleType
 from typing import Any
 
 # What the guest uses that is written in Python and is patched by people; in the order of their dependencies.
-SHARED = ("stat", "genericpath", "posixpath", "os", "selectors", "subprocess", "shutil")
+SHARED = ("stat", "genericpath", "posixpath", "os", "selectors", "subprocess", "shutil", "tarfile")
 
 PREFIX = "_code_sandboxes_"
-PARTS = ("calls", "files", "watching", "processes", "values", "variables", "packages", "comms")
+PARTS = (
+    *("calls", "files", "watching", "processes", "values", "variables", "packages"),
+    *("definitions", "salvage", "namespace", "archive", "snapshots", "comms"),
+)
 
 
 def boot(sources: Mapping[str, str]) -> None:

@@ -155,11 +155,15 @@ class Call:
         self.link.forget(self._number)
         self.is_stopped = True
         if self._thread:
-            import ctypes
+            self.stop_thread(self._thread)
 
-            # A thread that is blocked in the system notices when it is back.
-            raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-            raise_in(ctypes.c_ulong(self._thread), ctypes.py_object(Stopped))
+    @staticmethod
+    def stop_thread(number: int) -> None:
+        """Raise :class:`Stopped` in a thread; one that is blocked in the system notices when it is back."""
+        import ctypes
+
+        raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+        raise_in(ctypes.c_ulong(number), ctypes.py_object(Stopped))
 
 
 def cost(buffers: Iterable[Any]) -> int:

@@ -141,6 +141,9 @@ def install(kernel: Any, parts: Mapping[str, Any]) -> None:
             parts["processes"].Processes(environ, tell),
             parts["variables"].Variables(lambda: kernel.shell.user_ns, parts["values"]),
             parts["packages"].Packages(),
+            parts["snapshots"].Snapshots(
+                lambda: kernel.shell.user_ns, lambda: kernel.shell.user_ns_hidden, parts
+            ),
         ]
     )
     comms = Comms(kernel, guest)

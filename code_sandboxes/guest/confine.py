@@ -188,10 +188,24 @@ def bound_files(path: str, size: int, inodes: int) -> None:
     what = f"could not limit what can be written to {path!r} to {size} bytes and {inodes} files"
     options = f"size={size},nr_inodes={inodes}".encode()
     check(libc.mount(b"none", os.fsencode(path), None, MS_REMOUNT | kept, options), what)
+    check_files(path, size, inodes)
+    if os.statvfs(path).f_flag & MS_KEPT != kept:
+        raise OSError(errno.EINVAL, f"{what}: it is mounted otherwise now")
+
+
+def check_files(path: str, size: int, inodes: int) -> None:
+    """
+    Raises:
+        OSError: the tmpfs that is mounted at *path* is not of that size.
+    """
     status = os.statvfs(path)
     blocks = -(-size // status.f_frsize)
-    if (status.f_blocks, status.f_files, status.f_flag & MS_KEPT) != (blocks, inodes, kept):
-        raise OSError(errno.EINVAL, f"{what}: it is {status.f_blocks * status.f_frsize}, {status.f_files}")
+    if (status.f_blocks, status.f_files) != (blocks, inodes):
+        raise OSError(
+            errno.EINVAL,
+            f"what can be written to {path!r} is not limited to {size} bytes and {inodes} files: it is"
+            f" {status.f_blocks * status.f_frsize}, {status.f_files}",
+        )
 
 
 def bound_terminals(path: str, most: int) -> None:

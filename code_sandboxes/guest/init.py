@@ -1,12 +1,14 @@
 """The first process in an enclosure: starts kernels as the host asks, signals and reaps them, and reports.
 
-Run by bubblewrap as ``python -I -S init.py <descriptor>``, with a Unix socket (``SOCK_SEQPACKET``) to the
-host. It has no use for the code in the sandbox, and that code has no way to it: as the first process of its
-PID namespace no signal from within can end it (pid_namespaces(7)), and nobody may look into its memory.
+Run as ``python -I -S init.py <control>``: by bubblewrap with a descriptor, by a container engine with the
+path of a socket to connect to. Either leads to the host (``SOCK_SEQPACKET``). It has no use for the code in
+the sandbox, and that code has no way to it: as the first process of its PID namespace no signal from within
+can end it (pid_namespaces(7)), and nobody may look into its memory.
 When the host hangs up, it ends, and with it every process in the namespace.
 
 Each message is a JSON object, some with descriptors. From the host: ``configure`` (the first), ``start``,
-``signal``, ``connect``. To the host: ``ready``, ``started``, ``ended``, ``connected``, ``failed``.
+``signal``, ``connect``, ``pause``, ``resume``. To the host: ``ready``, ``started``, ``ended``, ``connected``,
+``paused``, ``resumed``, ``failed``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import select
 import signal
 import socket
 import sys
+import time
+from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from types import ModuleType
 from typing import Any
@@ -40,6 +44,9 @@ ASIDE = 64
 
 # Seconds that a process may take to become a kernel: any in the sandbox can hold it up (kill(2), SIGSTOP).
 PATIENCE = 5.0
+
+# What a process is that does nothing: stopped, traced, or dead (proc_pid_stat(5)).
+STOPPED = ("T", "t", "Z", "X")
 
 # Pseudo-terminals: there are 4096 for all on the machine (proc(5), /proc/sys/kernel/pty).
 TERMINALS = 64
@@ -91,6 +98,11 @@ class Init:
                 self.signal(message["signal"], message["number"])
             elif "connect" in message:
                 self.connect(message["connect"], message["path"])
+            elif "pause" in message:
+                self.pause(message["pause"])
+            elif "resume" in message:
+                signal_all(signal.SIGCONT)
+                send(self.control, {"resumed": message["resume"]})
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -161,6 +173,15 @@ class Init:
                 self.fail(number, error)
                 return
             send(self.control, {"connected": number}, [connection.fileno()])
+
+    def pause(self, number: int) -> None:
+        """Stop all that is here but this process."""
+        try:
+            stop_all()
+        except OSError as error:
+            self.fail(number, error)
+        else:
+            send(self.control, {"paused": number})
 
     def reap(self) -> None:
         """Tell the host of kernels that have ended; whatever else was left to this process just goes."""
@@ -240,6 +261,38 @@ def put_in_place(descriptors: list[int], failure: int) -> int:
         os.dup2(descriptor, place)
     os.closerange(FIRST_PLACE + len(aside), ASIDE)
     return failure
+
+
+def stop_all() -> None:
+    """
+    Raises:
+        OSError: something does not stop.
+    """
+    give_up = time.monotonic() + PATIENCE
+    while time.monotonic() < give_up:
+        signal_all(signal.SIGSTOP)  # and again: one that was just being started may have been missed
+        if all(state in STOPPED for state in states()):
+            return
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def signal_all(number: int) -> None:
+    """Send a signal to all in this PID namespace but its first process, which this is (kill(2))."""
+    try:
+        os.kill(-1, number)
+    except ProcessLookupError:  # there is nobody
+        return
+
+
+def states() -> Iterator[str]:
+    """Of all processes here but this one, as proc_pid_stat(5) has them."""
+    for name in os.listdir("/proc"):
+        if name.isdigit() and name != "1":
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    yield file.read().rpartition(b")")[2].split()[0].decode()
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                continue
 
 
 def kill_group(pid: int, number: int) -> None:
@@ -324,10 +377,25 @@ def configure(config: dict[str, Any], confine: Any) -> socket.socket | None:
         listener = socket.create_server(PROXY, backlog=128)
     for target, identity in config["mounts"]:
         check_mounted(target, identity)
+    os.umask(0o022)
+    if config["in_container"]:
+        be_contained(config, confine)
+    else:
+        be_enclosed(config, confine)
+    confine.hide()
+    confine.no_new_privileges()
+    if config["scoped"]:
+        confine.scope_out()
+    confine.limit_resources({"core": config["core"]})  # which the filter lets nobody change any more
+    confine.filter_system_calls(base64.b64decode(config["filter"]))
+    return listener
+
+
+def be_enclosed(config: dict[str, Any], confine: Any) -> None:
+    """Where bubblewrap has made the place: it leaves to this what needs privileges, and to give them up."""
     for path, (size, inodes) in config["sizes"].items():
         confine.bound_files(path, size, inodes)
     confine.bound_terminals("/dev/pts", TERMINALS)
-    os.umask(0o022)
     if config["in_namespace"]:
         confine.bound_user(OF_A_USER)
         confine.make_read_only("/proc/sys")
@@ -338,19 +406,33 @@ def configure(config: dict[str, Any], confine: Any) -> socket.socket | None:
         for path in config["owned"]:
             give(path, config["uid"])
         confine.drop_privileges(config["uid"], config["uid"])
-    confine.hide()
-    confine.no_new_privileges()
-    if config["scoped"]:
-        confine.scope_out()
-    confine.limit_resources({"core": config["core"]})  # which the filter lets nobody change any more
-    confine.filter_system_calls(base64.b64decode(config["filter"]))
-    return listener
 
 
-def main(descriptor: int) -> None:
+def be_contained(config: dict[str, Any], confine: Any) -> None:
+    """Where an engine has made it: look whether it has done what it was asked to."""
+    for path, (size, inodes) in config["sizes"].items():
+        confine.check_files(path, size, inodes)
+    for path in config["folders"]:
+        os.makedirs(path, exist_ok=True)
+    if not config["is_root"]:
+        confine.no_new_privileges()  # without which the bounding set cannot be given up
+        confine.drop_privileges(-1, -1)
+
+
+def control_of(argument: str) -> socket.socket:
+    """The socket to the host."""
+    if not argument.startswith("/"):
+        control = socket.socket(fileno=int(argument))
+        control.set_inheritable(False)
+        return control
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control.connect(argument)
+    return control
+
+
+def main(argument: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that it does nothing to the first process
-    control = socket.socket(fileno=descriptor)
-    control.set_inheritable(False)
+    control = control_of(argument)
     confine = load_sibling("confine")
     message, _ = receive(control)
     if message is None:
@@ -372,4 +454,4 @@ def main(descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(sys.argv[1])

@@ -206,6 +206,7 @@ def _configuration(plan: Plan, user: int) -> dict[str, Any]:
     """What the first process has to do that is only needed in a bubble."""
     sizes = dict(zip(("/", SHARED_MEMORY), _sizes(plan), strict=True))
     return {
+        "in_container": False,
         "uid": user,
         "in_namespace": user == USER,
         "sizes": {path: (size, _files(size, plan)) for path, size in sizes.items()},

@@ -25,6 +25,7 @@ __all__ = [
     "environment",
     "init_command",
     "owned",
+    "users",
 ]
 
 INIT = str(Path(__file__).parent.parent / "guest" / "init.py")
@@ -75,11 +76,16 @@ def environment() -> dict[str, str]:
     return {"PATH": "/usr/local/bin:/usr/bin:/bin"}
 
 
+def users(uid: int) -> dict[str, bytes]:
+    """The files that say who there is in a sandbox in which code is *uid*."""
+    passwd = f"root:x:0:0::/root:/usr/sbin/nologin\nsandbox:x:{uid}:{uid}::{HOME}:/bin/sh\n"
+    group = f"root:x:0:\nsandbox:x:{uid}:\n"
+    return {"/etc/passwd": passwd.encode(), "/etc/group": group.encode()}
+
+
 def data_files(plan: Plan, uid: int) -> dict[str, bytes]:
     """Files that are not this machine's, by their path in the enclosure."""
-    users = f"root:x:0:0::/root:/usr/sbin/nologin\nsandbox:x:{uid}:{uid}::{HOME}:/bin/sh\n"
-    groups = f"root:x:0:\nsandbox:x:{uid}:\n"
-    files = {"/etc/passwd": users.encode(), "/etc/group": groups.encode()}
+    files = users(uid)
     if plan.network == "all":
         return files | {path: Path(path).read_bytes() for path in _RESOLVING if os.path.isfile(path)}
     return files | {"/etc/hosts": b"127.0.0.1 localhost sandbox\n::1 localhost\n"}

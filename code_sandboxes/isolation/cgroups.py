@@ -34,6 +34,7 @@ __all__ = [
     "enforceable",
     "folders_of",
     "make",
+    "memory_of",
 ]
 
 Controller = Literal["memory", "cpu", "pids"]
@@ -350,9 +351,23 @@ def _unescaped(path: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path)
 
 
-def _own_cgroup(mount: _Mount, controller: str) -> str:
+def memory_of(process: int) -> Cgroup:
+    """The cgroup that bounds the memory of a process, to be read; somebody else has made it.
+
+    Raises:
+        OSError: there is no such process.
+        SandboxConfigurationError: it is not to be seen from here.
+    """
+    mounts = _mounts()
+    separate = [mount for mount in mounts if "memory" in mount.controllers]
+    for mount in separate or [mount for mount in mounts if mount.is_unified]:
+        return Cgroup((), {"memory": _own_cgroup(mount, "memory" if separate else "", str(process))})
+    raise SandboxConfigurationError(_nowhere("memory", mounts))
+
+
+def _own_cgroup(mount: _Mount, controller: str, process: str = "self") -> str:
     """The folder of the cgroup in which this process is."""
-    for line in os.fsdecode(Path("/proc/self/cgroup").read_bytes()).splitlines():
+    for line in os.fsdecode(Path(f"/proc/{process}/cgroup").read_bytes()).splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(",") and not f"{path}/".startswith("/../"):
             # Either begins with "/.." where it is above the cgroup namespace (cgroup_namespaces(7)).

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import itertools
 import json
 import os
 import queue
@@ -28,6 +29,11 @@ __all__ = ["PATIENCE", "EnclosedKernel", "Enclosure", "EnclosureError", "Place",
 
 PATIENCE = 20.0
 """Seconds: how long making one may take, and how long its first process may take to answer."""
+
+_ANSWERS = ("started", "connected", "paused", "resumed", "failed")
+
+# Seconds that a process may take to be gone that was killed.
+_DYING = 5.0
 
 _OPEN_FILES = 4096
 
@@ -146,7 +152,7 @@ class Enclosure:
         self._waiting: dict[int, Callable[[_Reply | None], None]] = {}
         self._kernels: dict[int, EnclosedKernel] = {}
         self._memory_used_up = 0
-        self._connections = 0
+        self._questions = itertools.count(-1, -1)  # kernels have the numbers above zero
         self._tell: Callable[[], None] = _nothing
 
     # What it is asked.
@@ -191,6 +197,32 @@ class Enclosure:
     def signal(self, number: int, what: signal.Signals) -> None:
         """Send a signal to a kernel and its process group."""
         self._send({"signal": number, "number": int(what)})
+        if what is signal.SIGKILL:
+            self._loop.call_later(_DYING, lambda: self._end_with(number))
+
+    def _end_with(self, number: int) -> None:
+        """Who does not end has been frozen with its place, or waits for something in the system."""
+        if number in self._kernels:
+            self.kill()
+
+    def pause(self) -> None:
+        """Stop all processes in it until :meth:`resume`; blocks, so not in the I/O thread.
+
+        Raises:
+            OSError: one of them does not stop.
+            EnclosureError: the enclosure is over.
+        """
+        number = next(self._questions)
+        self._ask(number, {"pause": number}, [])
+
+    def resume(self) -> None:
+        """Let all processes in it go on; blocks, so not in the I/O thread.
+
+        Raises:
+            EnclosureError: the enclosure is over.
+        """
+        number = next(self._questions)
+        self._ask(number, {"resume": number}, [])
 
     def connect(self, path: str, then: Callable[[int, OSError | None], None]) -> None:
         """Call *then* with a connection, as a descriptor, to a Unix socket of the sandbox, or with an error.
@@ -229,8 +261,7 @@ class Enclosure:
     # What it tells.
 
     def _connect(self, path: str, then: Callable[[int, OSError | None], None]) -> None:
-        self._connections -= 1  # kernels have the numbers above zero
-        number = self._connections
+        number = next(self._questions)
 
         def answered(reply: _Reply | None) -> None:
             del self._waiting[number]
@@ -287,7 +318,7 @@ class Enclosure:
         if kernel is not None:
             kernel.ended(numbers.get("status"))
             return False
-        answers = (self._waiting.get(numbers.get(kind, 0)) for kind in ("started", "connected", "failed"))
+        answers = (self._waiting.get(numbers.get(kind, 0)) for kind in _ANSWERS)
         answer = next((answer for answer in answers if answer is not None), None)
         if answer is not None:
             answer(reply)

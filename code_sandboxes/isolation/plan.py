@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["ISOLATIONS", "Bounds", "Method", "Mount", "Network", "Plan"]
+__all__ = ["ISOLATIONS", "Bounds", "ContainerPlan", "Method", "Mount", "Network", "Plan"]
 
-Method = Literal["bubblewrap", "landlock", "none"]
+Method = Literal["bubblewrap", "landlock", "container", "none"]
+"""How kernels are kept apart; a container is local-docker's, the others are local-jupyter's."""
 
 Network = Literal["all", "none", "allowlist"]
 
@@ -68,6 +69,35 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
+class ContainerPlan:
+    """What only a container has.
+
+    Args:
+        engine: where the engine listens, a URL.
+        image: its name, or its number.
+        user: who code is, as a name or number of the image's; "" for somebody whom nobody else is.
+        as_caller: code is the user who runs the keeper, so that it can write what is mounted.
+        gpus: the numbers of the devices that are there.
+    """
+
+    engine: str
+    image: str
+    user: str = ""
+    as_caller: bool = False
+    gpus: tuple[str, ...] = ()
+
+    @property
+    def home(self) -> str:
+        """Where code is at home."""
+        return "/root" if self.is_root else "/home/sandbox"
+
+    @property
+    def is_root(self) -> bool:
+        """Code is root in it: it can change the image's files, in a layer without a limit."""
+        return self.user.partition(":")[0] in ("root", "0")
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """How a sandbox is isolated.
 
@@ -78,6 +108,7 @@ class Plan:
         program: the path of bubblewrap, if that is the method: the one that was found to work.
         python: the interpreter for what this library runs in the sandbox.
         first: the path of what runs there first, ``guest/init.py``.
+        container: if that is the method.
     """
 
     method: Method
@@ -89,15 +120,18 @@ class Plan:
     program: str = ""
     python: str = ""
     first: str = ""
+    container: ContainerPlan | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        container = value["container"]
         return cls(
             **{
                 **value,
+                "container": container and ContainerPlan(**{**container, "gpus": tuple(container["gpus"])}),
                 "mounts": tuple(Mount.from_json(mount) for mount in value["mounts"]),
                 "bounds": Bounds(**value["bounds"]),
                 "allowed_hosts": tuple(value["allowed_hosts"]),

@@ -255,7 +255,7 @@ def start_enclosed(
     """
     folder.mkdir(mode=0o700)
     cwd = launch["cwd"]
-    environment = _environment(launch, folder, 1)
+    environment = {**enclosure.environment, **_environment(launch, folder, 1)}
     if not launch["by_descriptors"]:
         return _start_relayed(enclosure, number, folder, launch, environment, cwd)
     with handed_over(folder, launch.get("key"), renumbered=True) as handover:

@@ -177,7 +177,7 @@ class KeptSandbox:
         self._about = record["about"]
         self._folder = folder
         folder.mkdir(mode=0o700)
-        self._quarters = Quarters(host, Plan.from_json(record["plan"]), folder, self._check_end)
+        self._quarters = Quarters(host, sandbox_id, Plan.from_json(record["plan"]), folder, self._check_end)
         self._programs: set[Program] = set()
         self._contexts: dict[str, _Context] = {}
         self._deleted: set[str] = set()
@@ -185,6 +185,7 @@ class KeptSandbox:
         self._launching = 0
         self._ended: dict[int, _Kept] = {}  # what programs have not let go of yet
         self._detached = False
+        self._is_paused = False
         self._why_ending = ""
         self._removing = False
         self._waiting_for_end: list[Reply] = []
@@ -219,12 +220,27 @@ class KeptSandbox:
             "home": str(self._quarters.home),
             "programs": len(self._programs),
             "detached": self._detached,
+            "paused": self._is_paused,
             "kernels": len(self._running),
+            "jupyter_server": self._quarters.server_url,
         }
 
     def network_log(self) -> list[dict[str, object]]:
         """What was tried to reach, as far as a proxy was asked."""
         return self._quarters.network_log()
+
+    def pause(self, program: Program, reply: Reply, *, on: bool) -> None:
+        """Stop all its processes, or let them go on."""
+
+        def done(_: None, error: Exception | None) -> None:
+            if error is not None:
+                reply({"error": {"kind": "connection", "text": f"not all of it stopped: {error}"}})
+                return
+            self._is_paused = on
+            self._tell_others(program, {"event": "paused", "sandbox": self.id, "on": on})
+            reply({})
+
+        (self._quarters.pause if on else self._quarters.resume)(done)
 
     def set_tags(self, program: Program, tags: dict[str, str]) -> None:
         self.tags = tags
@@ -553,6 +569,7 @@ class KeptSandbox:
                 if timer is not None:
                     timer.cancel()
             self._tell_others(by, {"event": "ending", "sandbox": self.id, "why": why})
+        orderly = orderly and not self._is_paused  # what is stopped does nothing in an orderly way
         for kept in self._running.values():
             _SIGNALS["terminate" if orderly else "kill"](kept.kernel)
         if orderly:

@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from code_sandboxes.isolation.bubble import CGROUPS
+from code_sandboxes.isolation.container import CONTAINERS
 from code_sandboxes.keeper.kernels import LEASE, raise_descriptor_limit
 from code_sandboxes.keeper.leftovers import Leftovers
 from code_sandboxes.keeper.lines import PROTOCOL, Lines, start_time
 from code_sandboxes.keeper.places import folder_prefix, is_elsewhere, locked, log_of, peer_of
 from code_sandboxes.keeper.sandboxes import KeptSandbox, RefusedError, Reply
-from code_sandboxes.reaper import Reaper, end_cgroups, end_marked, remove_tree
+from code_sandboxes.reaper import Reaper, end_cgroups, end_marked, remove_container, remove_tree
 from code_sandboxes.transports.loop import Loop
 
 __all__ = ["Keeper", "main"]
@@ -109,6 +110,7 @@ class Keeper:
             "detach": self._detach,
             "lifetime": self._lifetime,
             "tags": self._tags,
+            "pause": self._pause,
             "network_log": self._network_log,
             "delete_context": self._delete_context,
             "give_turn": self._give_turn,
@@ -242,6 +244,9 @@ class Keeper:
         self._find(connection, message).set_tags(connection, message["tags"])
         reply({})
 
+    def _pause(self, connection: _Connection, message: Mapping[str, Any], reply: Reply) -> None:
+        self._find(connection, message).pause(connection, reply, on=message["on"])
+
     def _network_log(self, connection: _Connection, message: Mapping[str, Any], reply: Reply) -> None:
         reply({"attempts": self._find(connection, message).network_log()})
 
@@ -324,10 +329,19 @@ def _remove_what_dead_keepers_left(root: Path) -> None:
                 for listed in folder.glob(f"[0-9]*/{CGROUPS}"):
                     with contextlib.suppress(OSError):
                         end_cgroups(listed.read_text().splitlines())
+                for listed in folder.glob(f"[0-9]*/{CONTAINERS}"):
+                    _remove_containers(listed)
                 with contextlib.suppress(OSError):  # the folder must go all the same
                     end_marked([str(folder)])
                 with contextlib.suppress(OSError):
                     remove_tree(str(folder))
+
+
+def _remove_containers(listed: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in listed.read_text().splitlines():
+            engine, name = line.rsplit(" ", 1)
+            remove_container(engine, name)
 
 
 def _end_leased(lease: Path) -> None:

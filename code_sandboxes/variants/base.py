@@ -14,6 +14,7 @@ from code_sandboxes.network_info import NetworkAttempt
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
+    from code_sandboxes.snapshots import Store
 
 __all__ = ["Audience", "ContextSpec", "Record", "Variant"]
 
@@ -65,6 +66,9 @@ class Audience(Protocol):
 
     def tagged(self, tags: Mapping[str, str]) -> None:
         """It has other tags."""
+
+    def paused(self, *, on: bool) -> None:
+        """Nothing in it goes on, or all does again."""
 
     def rescheduled(self, time_left: float) -> None:
         """It will end in so many seconds."""
@@ -119,6 +123,28 @@ class Variant(ABC):
     @abstractmethod
     def max_output(self) -> int:
         """Bytes of output a run keeps."""
+
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        """More about this sandbox, see :class:`code_sandboxes.info.SandboxInfo`; after :meth:`prepare`."""
+        return {}
+
+    @property
+    def snapshots(self) -> Store:
+        """Where its snapshots are.
+
+        Raises:
+            SandboxConfigurationError: it has none.
+        """
+        raise self.refuse("make or restore snapshots", self.capabilities().snapshots.reason)
+
+    @property
+    def own_folders(self) -> tuple[str, ...]:
+        """The folders of a sandbox in which files are its own; ``~`` for its home. May block.
+
+        What is mounted in them is not: only what is on the same file system as the folder itself.
+        """
+        return ("~",)
 
     @abstractmethod
     def kernel_name(self, language: str | None) -> str:
@@ -185,6 +211,14 @@ class Variant(ABC):
             SandboxConfigurationError: it cannot go on without this program.
         """
         raise self.refuse("detach", "the code runs in this process; use local-jupyter")
+
+    def pause(self, *, on: bool) -> None:
+        """Stop all processes of the sandbox, or let them go on; may block.
+
+        Raises:
+            SandboxConfigurationError: they cannot be stopped together.
+        """
+        raise self.refuse("pause", self.own_capabilities.pause.reason)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Let others know them; may block."""

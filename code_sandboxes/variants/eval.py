@@ -80,6 +80,7 @@ class LocalEval(Variant):
             gpu=no,
             mounts=no,
             idle_timeout=not_yet,
+            pause=Capability(False, "its threads cannot be stopped; use local-jupyter"),
             snapshots=not_yet,
             fork=no,
         )

@@ -8,7 +8,6 @@ enter. How it is isolated is decided in :mod:`.plans`, how a kernel is started i
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from code_sandboxes.checks import check_str
 from code_sandboxes.errors import SandboxConnectionError, SandboxIsolationWarning
+from code_sandboxes.frames import frames_of_this_package
 from code_sandboxes.info import NO_SUBSHELLS, NO_SYSTEM_PACKAGES, Capabilities, Capability, SandboxVariant
 from code_sandboxes.isolation.plan import Method, Plan
 from code_sandboxes.variants.base import Audience, ContextSpec, Record
@@ -32,8 +32,11 @@ from code_sandboxes.variants.plans import describe, enforceable, plan_of, strong
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
+    from code_sandboxes.snapshots import Store
 
 __all__ = ["LocalJupyter"]
+
+_NO_PAUSE = "its processes are not together in a place of their own; with isolation='bubblewrap' they are"
 
 _NO_GPU_CHOICE = "isolation hides the GPUs of the machine; with isolation='none' code sees all of them"
 
@@ -81,6 +84,16 @@ class LocalJupyter(Kept):
 
     def _describe(self) -> str:
         return describe(self.plan)
+
+    @property
+    def snapshots(self) -> Store:
+        from code_sandboxes.snapshots import FolderStore
+
+        return FolderStore(self.name)
+
+    @property
+    def own_folders(self) -> tuple[str, ...]:
+        return ("/",) if self.plan.method == "bubblewrap" else ("~",)
 
     def warn(self) -> None:
         if self.plan.method == "none" and self._options.get("isolation") != "none":
@@ -139,7 +152,8 @@ def _capabilities(isolation: Method) -> Capabilities:
         gpu=Capability(False, _NO_GPU_CHOICE),
         mounts=enforced["mounts"],
         idle_timeout=yes,
-        snapshots=not_yet,
+        pause=yes if isolation == "bubblewrap" else Capability(False, _NO_PAUSE),
+        snapshots=yes,
         fork=not_yet,
     )
 
@@ -151,14 +165,6 @@ def _warn_once(why: str) -> None:
         " change what this user can, and reach the network (isolation='none' says that this is intended);"
         f" bubblewrap would isolate it: {why}",
         SandboxIsolationWarning,
-        stacklevel=_frames_of_this_package() + 1,
+        stacklevel=frames_of_this_package() + 1,
     )
 
-
-def _frames_of_this_package() -> int:
-    """How many frames, from the caller up, lie between it and the program that uses this package."""
-    frame = sys._getframe(1)
-    count = 0
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("code_sandboxes."):
-        count, frame = count + 1, frame.f_back
-    return count

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Kept", "ipykernel_version"]
 
+# Of what the keeper says of a sandbox.
+_METADATA = ("programs", "detached", "paused", "kernels", "jupyter_server")
+
 _MAX_OUTPUT = 256 * 1024**2
 
 
@@ -59,7 +62,7 @@ class Kept(Variant):
         self._plan: Plan | None = None
         self._kernel_name = ""
         self._sandbox_id = ""
-        self._home = ""
+        self._about_it: Answer = {}  # as the keeper describes it
         self._record: dict[str, Any] = {}
         self._ends_at: float | None = None
         self._why_it_ends = ""
@@ -113,6 +116,16 @@ class Kept(Variant):
         return str(self._record["about"]["isolation"]) if self._record else self._describe()
 
     @property
+    def metadata(self) -> Mapping[str, object]:
+        server = self._about_it.get("jupyter_server")
+        return {} if server is None else {"jupyter_server": server}
+
+    @property
+    def _home(self) -> str:
+        """Where code is at home, if it has nothing of its own."""
+        return str(self._about_it.get("home", ""))
+
+    @property
     def max_output(self) -> int:
         return self._max_output
 
@@ -146,7 +159,7 @@ class Kept(Variant):
             self._record |= {"lifetime": left, "reason": self._why_it_ends}
         self._check_not_over()
         answer = self._keeper.ask("open", sandbox=self._sandbox_id, record=self._record)
-        self._home = answer["home"]
+        self._about_it = answer
         if self._is_over:  # just now, and the keeper was told before it knew of it
             self.ends("it was terminated", orderly=False)
             self._check_not_over()
@@ -205,7 +218,7 @@ class Kept(Variant):
         variant = cls(SandboxConfig(), {})
         variant.config = config
         variant._kernel_name, variant._max_output = about["kernel_name"], about["max_output"]
-        variant._sandbox_id, variant._home, variant._early = record.id, found["home"], early
+        variant._sandbox_id, variant._about_it, variant._early = record.id, found, early
         variant._plan = Plan.from_json(found["plan"])
         variant._record = {
             "about": about,
@@ -242,6 +255,8 @@ class Kept(Variant):
             audience.over(event["why"])
         elif kind == "tags":
             audience.tagged(event["tags"])
+        elif kind == "paused":
+            audience.paused(on=event["on"])
         elif kind == "lifetime":
             audience.rescheduled(event["time_left"])
         elif kind == "context":
@@ -274,6 +289,11 @@ class Kept(Variant):
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._record["tags"] = dict(tags)
         self._ask("tags", tags=dict(tags))
+
+    def pause(self, *, on: bool) -> None:
+        if not self.own_capabilities.pause:
+            super().pause(on=on)
+        self._ask("pause", on=on)
 
     def expire_in(self, seconds: float, why: str) -> None:
         self._ends_at, self._why_it_ends = time.monotonic() + seconds, why
@@ -361,7 +381,7 @@ def _record_of(description: Mapping[str, Any]) -> Record:
         time_left=description["time_left"],
         isolation=about["isolation"],
         contexts=[ContextSpec(**context) for context in description["contexts"]],
-        metadata={name: description[name] for name in ("programs", "detached", "kernels")},
+        metadata={name: description[name] for name in _METADATA if description[name] is not None},
     )
 
 

@@ -20,7 +20,7 @@ from code_sandboxes.variants.kernelspecs import (
     takes_descriptors,
 )
 
-__all__ = ["check_variables", "launch_of"]
+__all__ = ["THROUGH_PROXY", "check_variables", "launch_of", "locale", "own_packages"]
 
 # The library's own in the environment of a kernel: by some of them it is told what it may do, and how.
 _OWN_VARIABLES = "CODE_SANDBOXES_"
@@ -28,10 +28,11 @@ _OWN_VARIABLES = "CODE_SANDBOXES_"
 # What most clients look at, in the case in which they do; code may of course not.
 _PROXY = f"http://{PROXY[0]}:{PROXY[1]}"
 _NOT_THROUGH_IT = "localhost,127.0.0.1,::1"
-_THROUGH_PROXY = {
+THROUGH_PROXY = {
     **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), _PROXY),
     **dict.fromkeys(("NO_PROXY", "no_proxy"), _NOT_THROUGH_IT),
 }
+"""What leads programs to the proxy, where that is all the network there is."""
 
 
 def launch_of(
@@ -109,30 +110,33 @@ def _check_visible(kernel: InstalledKernel, command: Sequence[str], plan: Plan) 
 
 def _enclosed_environment(executable: str, plan: Plan) -> dict[str, str]:
     own = _basics(HOME, executable, environment()["PATH"])
-    own |= _own_packages(HOME, own["PATH"])
-    return own if plan.network == "all" else own | _THROUGH_PROXY
+    own |= own_packages(HOME) | {"PATH": f"{HOME}/.local/bin{os.pathsep}{own['PATH']}"}
+    return own if plan.network == "all" else own | THROUGH_PROXY
 
 
 def _environment(home: str, executable: str, path: str, plan: Plan) -> dict[str, str]:
     own = _basics(home, executable, path)
-    return own | _own_packages(home, own["PATH"]) if plan.method == "landlock" else own
+    if plan.method == "landlock":
+        own |= own_packages(home) | {"PATH": f"{home}/.local/bin{os.pathsep}{own['PATH']}"}
+    return own
 
 
 def _basics(home: str, executable: str, path: str) -> dict[str, str]:
     """Not the program's own: what it takes to run, and a home in the sandbox."""
-    kept = {name: value for name, value in os.environ.items() if name in ("LANG", "TZ")}
-    kept |= {name: value for name, value in os.environ.items() if name.startswith("LC_")}
     if os.path.isabs(executable):
         path = f"{os.path.dirname(executable)}{os.pathsep}{path}"
-    return kept | {"PATH": path, "HOME": home}
+    return locale() | {"PATH": path, "HOME": home}
 
 
-def _own_packages(home: str, path: str) -> dict[str, str]:
-    """So that packages can be installed, and what they bring be run, where the installation cannot change."""
+def locale() -> dict[str, str]:
+    """All that a sandbox has of the program's own environment."""
+    return {
+        name: value for name, value in os.environ.items() if name in ("LANG", "TZ") or name.startswith("LC_")
+    }
+
+
+def own_packages(home: str) -> dict[str, str]:
+    """So that packages can be installed where the installation cannot change; programs are in ``bin``."""
     prefix = f"{home}/.local"
     # The second one is for whoever calls pip himself: ``%pip install``.
-    return {
-        "CODE_SANDBOXES_PACKAGES": prefix,
-        "PIP_PREFIX": prefix,
-        "PATH": f"{prefix}/bin{os.pathsep}{path}",
-    }
+    return {"CODE_SANDBOXES_PACKAGES": prefix, "PIP_PREFIX": prefix}

@@ -30,10 +30,25 @@ from code_sandboxes.variants.mounts import Refuse, asked_mounts, check_keeper_is
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
-__all__ = ["describe", "enforceable", "plan_of", "seen_as", "strongest", "why_not"]
+__all__ = [
+    "DISK",
+    "PIDS",
+    "bounds_of",
+    "describe",
+    "enforceable",
+    "network_of",
+    "plan_of",
+    "seen_as",
+    "strongest",
+    "told_bounds",
+    "told_mounts",
+    "why_not",
+]
 
 PIDS = 256
 DISK = 1024**3
+_DEFAULTS = Bounds(pids=PIDS, disk=DISK)
+
 WORKING_DIR = "/workspace"
 
 _THINGS = ("network_none", "network_allowlist", "memory", "cpu", "pids", "disk", "mounts")
@@ -123,8 +138,8 @@ def plan_of(
     return Plan(
         method,
         mounts,
-        _bounds(config, options, method, refuse),
-        _network(config, reasons, refuse),
+        bounds_of(config, options, reasons, _DEFAULTS if method == "bubblewrap" else Bounds(), refuse),
+        network_of(config, reasons, refuse),
         tuple(config.allowed_hosts) if config.network_policy == "allowlist" else (),
         _working_dir(config, method, mounts, refuse),
         os.path.realpath(probe().bubblewrap_path) if method == "bubblewrap" else "",
@@ -160,19 +175,27 @@ def describe(plan: Plan) -> str:
         "none": "no network",
         "allowlist": f"from the network only {', '.join(plan.allowed_hosts) or 'nothing'}",
     }[plan.network]
-    bounds = plan.bounds
-    limits = [f"{bounds.pids} processes", f"{_mib(bounds.disk or 0)} of files"]
-    limits += [] if bounds.memory is None else [f"{_mib(bounds.memory)} of memory"]
-    limits += [] if bounds.cpu is None else [f"{bounds.cpu:g} CPUs"]
-    missing = [name for name in ("memory", "cpu") if getattr(bounds, name) is None]
-    not_limited = f"; not limited: {', '.join(missing)}" if missing else ""
     return (
-        f"bubblewrap: files, processes and users of its own, {network}; at most {', '.join(limits)}"
-        f"{not_limited}{_describe_mounts(plan.mounts)}; the system's kernel is shared"
+        f"bubblewrap: files, processes and users of its own, {network}; {told_bounds(plan.bounds)}"
+        f"{told_mounts(plan.mounts)}; the system's kernel is shared"
     )
 
 
-def _describe_mounts(mounts: Sequence[Mount]) -> str:
+def told_bounds(bounds: Bounds) -> str:
+    """What is limited, and what is not, in a few words."""
+    limits = {
+        "processes": bounds.pids and f"{bounds.pids} processes",
+        "files": bounds.disk and f"{_mib(bounds.disk)} of files",
+        "memory": bounds.memory and f"{_mib(bounds.memory)} of memory",
+        "cpu": bounds.cpu and f"{bounds.cpu:g} CPUs",
+    }
+    missing = [name for name, limit in limits.items() if not limit]
+    not_limited = f"; not limited: {', '.join(missing)}" if missing else ""
+    return f"at most {', '.join(limit for limit in limits.values() if limit)}{not_limited}"
+
+
+def told_mounts(mounts: Sequence[Mount]) -> str:
+    """What was asked for to be seen of this machine, in a few words; nothing if that is nothing."""
     asked = [mount for mount in mounts if mount.is_asked_for]
     kinds = {False: "read-only", True: "writable, without a limit"}
     told = [f"{mount.target} ({mount.source!r}, {kinds[mount.writable]})" for mount in asked]
@@ -197,14 +220,27 @@ def _in_mib(size: float) -> str:
     return f"{size / _MIB:g}" if size < _PIB else str(size // _MIB)  # there are integers that are no float
 
 
-def _bounds(config: SandboxConfig, options: Mapping[str, object], method: Method, refuse: Refuse) -> Bounds:
+def bounds_of(
+    config: SandboxConfig,
+    options: Mapping[str, object],
+    reasons: Mapping[str, str],
+    defaults: Bounds,
+    refuse: Refuse,
+) -> Bounds:
+    """The limits that were asked for, and *defaults* for what was not.
+
+    Args:
+        reasons: for each limit nothing, or why it is not enforced.
+
+    Raises:
+        SandboxConfigurationError: one cannot be enforced, or makes no sense.
+    """
     bounds = Bounds(
         memory=config.memory_limit,
         cpu=config.cpu_limit,
         pids=_whole("pids", options.get("pids")),
         disk=_whole("disk", options.get("disk")),
     )
-    reasons = enforceable(method)
     for name, what in _LIMITED.items():
         value = getattr(bounds, name)
         if value is None:
@@ -212,12 +248,15 @@ def _bounds(config: SandboxConfig, options: Mapping[str, object], method: Method
         if reasons[name]:
             raise refuse(f"limit {what}={value})", reasons[name])
         _RANGES[name].check(value)
-    if method != "bubblewrap":
-        return bounds
-    return replace(bounds, pids=bounds.pids or PIDS, disk=bounds.disk or DISK)
+    return replace(bounds, pids=bounds.pids or defaults.pids, disk=bounds.disk or defaults.disk)
 
 
-def _network(config: SandboxConfig, reasons: Mapping[str, str], refuse: Refuse) -> Network:
+def network_of(config: SandboxConfig, reasons: Mapping[str, str], refuse: Refuse) -> Network:
+    """What of the network there is, by the policy that was asked for.
+
+    Raises:
+        SandboxConfigurationError: it cannot be enforced, or makes no sense.
+    """
     policy = config.network_policy
     if policy in ("inherit", "all"):
         return "all"

@@ -8,11 +8,16 @@ import pytest
 
 from code_sandboxes.isolation.plan import Method
 from code_sandboxes.variants.plans import enforceable, why_not
+from conftest import REQUIRES_CONTAINERS, why_no_containers
 
-__all__ = ["REQUIRED", "needs_isolation", "needs_limit", "not_here"]
+__all__ = ["ENCLOSURES", "REQUIRED", "needs_containers", "needs_isolation", "needs_limit", "not_here"]
 
 REQUIRED = "CODE_SANDBOXES_REQUIRE_ISOLATION"
 """The environment variable that says that nothing may be missing."""
+
+
+ENCLOSURES = ["bubblewrap", pytest.param("container", marks=pytest.mark.slow)]
+"""The kinds of enclosure, as parameters of a test."""
 
 
 def not_here(reason: str) -> None:
@@ -23,12 +28,21 @@ def not_here(reason: str) -> None:
 
 
 def needs_isolation(method: Method) -> None:
-    if reason := why_not(method):
+    if method == "container":
+        needs_containers()
+    elif reason := why_not(method):
         not_here(f"no {method}: {reason}")
 
 
-def needs_limit(what: str) -> None:
+def needs_containers() -> None:
+    if reason := why_no_containers():
+        if REQUIRES_CONTAINERS:
+            pytest.fail(f"no containers: {reason} (and CODE_SANDBOXES_REQUIRE_DOCKER is 1)")
+        pytest.skip(f"NO CONTAINERS: {reason}")
+
+
+def needs_limit(method: Method, what: str) -> None:
     """Skip where bubblewrap cannot limit *what*, also where isolation is required: it takes cgroups."""
-    needs_isolation("bubblewrap")
-    if reason := enforceable("bubblewrap")[what]:
+    needs_isolation(method)
+    if method == "bubblewrap" and (reason := enforceable("bubblewrap")[what]):
         pytest.skip(f"no limit of {what}: {reason}")

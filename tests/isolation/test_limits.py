@@ -1,7 +1,7 @@
 """Code that takes all it can get: that is told truthfully, and its sandbox, others and the machine are well.
 
 Limits of memory and CPU take cgroups; where there are none, these tests are skipped. Those of processes, disk
-and open files hold for everybody.
+and open files hold for everybody. In a container all of it is the engine's to enforce.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ if sys.platform != "linux":
     pytest.skip("isolation is Linux's", allow_module_level=True)
 
 from code_sandboxes import ExecutionResult, Sandbox, SandboxConfig, SandboxError
+from code_sandboxes.isolation.plan import Method
 from conftest import wait_until
-from tests.isolation.needs import needs_isolation, needs_limit
+from tests.isolation.needs import ENCLOSURES, needs_isolation, needs_limit
 
 MEGABYTE = 1024**2
 
@@ -28,24 +29,32 @@ MEMORY, DISK, PIDS = 200, 64 * MEGABYTE, 64
 
 
 @contextmanager
-def enclosed(**options: object) -> Iterator[Sandbox]:
-    needs_isolation("bubblewrap")
+def enclosed(method: Method, **options: object) -> Iterator[Sandbox]:
+    needs_isolation(method)
+    variant, own = ("local-docker", {}) if method == "container" else ("local-jupyter", {"isolation": method})
     config = SandboxConfig(network_policy="none", interrupt_grace=0.2)
-    settings = {"isolation": "bubblewrap", "config": config, **options}
-    with Sandbox.create("local-jupyter", **settings) as sandbox:  # type: ignore[arg-type]  # any
+    settings = {"config": config, **own, **options}
+    with Sandbox.create(variant, **settings) as sandbox:  # type: ignore[arg-type]  # any
+        yield sandbox
+
+
+@pytest.fixture(scope="module", params=ENCLOSURES)
+def method(request: pytest.FixtureRequest) -> Method:
+    """How sandboxes are enclosed."""
+    method: Method = request.param
+    return method
+
+
+@pytest.fixture(scope="module")
+def neighbour(method: Method, runtime_folder: Path) -> Iterator[Sandbox]:
+    with enclosed(method) as sandbox:
         yield sandbox
 
 
 @pytest.fixture(scope="module")
-def neighbour(runtime_folder: Path) -> Iterator[Sandbox]:
-    with enclosed() as sandbox:
-        yield sandbox
-
-
-@pytest.fixture(scope="module")
-def bounded(neighbour: Sandbox) -> Iterator[Sandbox]:
+def bounded(method: Method, neighbour: Sandbox) -> Iterator[Sandbox]:
     """A sandbox with little of everything that everybody can limit; code may leave nothing in it."""
-    with enclosed(disk=DISK, pids=PIDS) as sandbox:
+    with enclosed(method, disk=DISK, pids=PIDS) as sandbox:
         yield sandbox
 
 
@@ -64,7 +73,7 @@ pytestmark = pytest.mark.usefixtures("all_well")
 
 def take(sandbox: Sandbox, code: str, timeout: float | None = None) -> ExecutionResult:
     """The result of *code*; that there is something printed first lets it print without a descriptor left."""
-    ready = sandbox.run_code("import os, resource, subprocess, sys, threading, time; print('ready')")
+    ready = sandbox.run_code("import os, resource, stat, subprocess, sys, threading, time; print('ready')")
     assert ready.stdout == "ready"
     return sandbox.run_code(code, timeout=timeout)
 
@@ -83,7 +92,7 @@ NEEDS_MORE = {
         "x = bytearray(10 ** 9)"
     ),
     "a file without a name": "fd = os.memfd_create('x')\nwhile True: os.write(fd, b'x' * 10 ** 6)",
-    "files": "file = open('/tmp/x', 'wb')\nwhile True: file.write(b'x' * 10 ** 6)",
+    "files": "file = open('x', 'wb')\nwhile True: file.write(b'x' * 10 ** 6)",
     "shared memory": (
         "import ctypes\n"
         "libc = ctypes.CDLL(None); libc.shmat.restype = ctypes.c_void_p\n"
@@ -97,9 +106,9 @@ NEEDS_MORE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", NEEDS_MORE.values(), ids=NEEDS_MORE)
-def test_row_53_a_kernel_that_uses_up_the_memory_dies_and_says_so(code: str) -> None:
-    needs_limit("memory")
-    with enclosed(memory=MEMORY, disk=1024 * MEGABYTE) as sandbox:
+def test_row_53_a_kernel_that_uses_up_the_memory_dies_and_says_so(method: Method, code: str) -> None:
+    needs_limit(method, "memory")
+    with enclosed(method, memory=MEMORY, disk=1024 * MEGABYTE) as sandbox:
         result = take(sandbox, code, timeout=60)
 
         assert (result.status, result.exit_code) == ("kernel_died", -9)
@@ -108,23 +117,23 @@ def test_row_53_a_kernel_that_uses_up_the_memory_dies_and_says_so(code: str) -> 
 
 
 @pytest.mark.slow
-def test_row_53_a_child_that_uses_it_up_dies_alone() -> None:
-    needs_limit("memory")
-    with enclosed(memory=MEMORY) as sandbox:
+def test_row_53_a_child_that_uses_it_up_dies_alone(method: Method) -> None:
+    needs_limit(method, "memory")
+    with enclosed(method, memory=MEMORY) as sandbox:
         code = "x = 1; print(subprocess.run([sys.executable, '-c', 'x = bytearray(10 ** 9)']).returncode)"
         assert take(sandbox, code).stdout == "-9"
         assert sandbox.run_code("x").text == "1"
 
 
 @pytest.mark.slow
-def test_row_53_files_without_content_do_not_use_up_the_memory() -> None:
-    needs_limit("memory")
-    with enclosed(memory=MEMORY, disk=1024 * MEGABYTE) as sandbox:
+def test_row_53_files_without_content_do_not_use_up_the_memory(method: Method) -> None:
+    needs_limit(method, "memory")
+    with enclosed(method, memory=MEMORY, disk=1024 * MEGABYTE) as sandbox:
         told = take(
             sandbox,
             "count = 0\n"
             "try:\n"
-            " while count < 10 ** 6: open(f'/tmp/{count}', 'w').close(); count += 1\n"
+            " while count < 10 ** 6: open(f'{count}', 'w').close(); count += 1\n"
             "except OSError as error: print(error.strerror)",
             timeout=100,
         )
@@ -133,9 +142,9 @@ def test_row_53_files_without_content_do_not_use_up_the_memory() -> None:
 
 
 @pytest.mark.slow
-def test_a_death_that_is_not_of_memory_is_not_said_to_be() -> None:
-    needs_limit("memory")
-    with enclosed(memory=MEMORY) as sandbox:
+def test_a_death_that_is_not_of_memory_is_not_said_to_be(method: Method) -> None:
+    needs_limit(method, "memory")
+    with enclosed(method, memory=MEMORY) as sandbox:
         result = take(sandbox, "os.kill(os.getpid(), 9)")
         assert "memory" not in str(result.error)
 
@@ -144,9 +153,9 @@ def test_a_death_that_is_not_of_memory_is_not_said_to_be() -> None:
 
 
 @pytest.mark.slow
-def test_row_54_all_that_is_in_a_sandbox_has_no_more_than_its_share_of_the_cpus() -> None:
-    needs_limit("cpu")
-    with enclosed(cpu=0.5) as sandbox:
+def test_row_54_all_that_is_in_a_sandbox_has_no_more_than_its_share_of_the_cpus(method: Method) -> None:
+    needs_limit(method, "cpu")
+    with enclosed(method, cpu=0.5) as sandbox:
         result = take(
             sandbox,
             "code = 'import time\\nend = time.monotonic() + 2\\nwhile time.monotonic() < end: pass'\n"
@@ -217,8 +226,10 @@ def test_row_52_there_can_be_only_so_many(bounded: Sandbox, code: str, told: str
     ],
     ids=["of the kernel", "of a shell", "that leaves its session"],
 )
-def test_row_52_a_fork_bomb_ends_with_its_sandbox_at_once(neighbour: Sandbox, code: str) -> None:
-    with enclosed(pids=PIDS) as sandbox:
+def test_row_52_a_fork_bomb_ends_with_its_sandbox_at_once(
+    method: Method, neighbour: Sandbox, code: str
+) -> None:
+    with enclosed(method, pids=PIDS) as sandbox:
         take(sandbox, code, timeout=0.5)
         assert works(neighbour)
         began = time.monotonic()
@@ -227,8 +238,8 @@ def test_row_52_a_fork_bomb_ends_with_its_sandbox_at_once(neighbour: Sandbox, co
 
 
 @pytest.mark.slow
-def test_row_52_after_a_fork_bomb_the_sandbox_can_be_used_again() -> None:
-    with enclosed(pids=PIDS) as sandbox:
+def test_row_52_after_a_fork_bomb_the_sandbox_can_be_used_again(method: Method) -> None:
+    with enclosed(method, pids=PIDS) as sandbox:
         take(sandbox, "while True:\n try: os.fork()\n except OSError: pass", timeout=0.5)
         sandbox.restart()
         wait_until(lambda: works(sandbox))
@@ -237,10 +248,17 @@ def test_row_52_after_a_fork_bomb_the_sandbox_can_be_used_again() -> None:
 # Files
 
 
-@pytest.mark.parametrize(
-    "folder", ["/", "/data", "/dev/shm", "/home/sandbox", "/remote", "/run", "/tmp", "/var/tmp", "/workspace"]
-)
-def test_row_55_all_folders_together_have_no_more_room_than_was_said(bounded: Sandbox, folder: str) -> None:
+OF_A_CONTAINER = ("/data", "/dev/shm", "/home/sandbox", "/tmp", "/workspace")
+
+
+@pytest.mark.parametrize("folder", ["/", "/remote", "/run", "/var/tmp", *OF_A_CONTAINER])
+def test_row_55_all_folders_together_have_no_more_room_than_was_said(
+    method: Method, bounded: Sandbox, folder: str
+) -> None:
+    if method == "container" and folder not in OF_A_CONTAINER:
+        with pytest.raises(OSError, match="Read-only file system"):
+            bounded.files.write(f"{folder}/x", "")
+        return
     free = os.statvfs("/tmp").f_bavail
     result = take(
         bounded,
@@ -269,18 +287,43 @@ def test_row_55_a_file_of_a_terabyte_of_nothing_takes_no_room(bounded: Sandbox) 
     bounded.files.rm("/tmp/huge")
 
 
-def test_row_55_there_can_be_only_so_many_files(bounded: Sandbox) -> None:
+@pytest.mark.parametrize("folder", OF_A_CONTAINER)
+def test_row_55_there_can_be_only_so_many_files(bounded: Sandbox, folder: str) -> None:
     result = take(
         bounded,
         "count = 0\n"
-        "os.mkdir('/tmp/many')\n"
+        f"os.mkdir('{folder}/many')\n"
         "try:\n"
-        " while count < 10 ** 6: open(f'/tmp/many/{count}', 'w').close(); count += 1\n"
+        f" while count < 10 ** 6: open(f'{folder}/many/{{count}}', 'w').close(); count += 1\n"
         "except OSError as error: print(error.strerror)\n"
-        "import shutil; shutil.rmtree('/tmp/many')",
+        f"import shutil; shutil.rmtree('{folder}/many')",
     )
     assert result.stdout == "No space left on device"
     assert works(bounded)
+
+
+def test_row_55_nothing_else_can_be_written_and_all_together_is_no_more_than_was_said(
+    method: Method, bounded: Sandbox
+) -> None:
+    skipped = "('/proc', '/sys')"
+    if method == "bubblewrap":  # of this machine, and there is much of it
+        skipped += " + ('/usr', sys.prefix, sys.base_prefix)"
+    told = take(
+        bounded,
+        "places = {}\n"
+        "for path, folders, files in os.walk('/'):\n"
+        f" if path in {skipped}: folders.clear()\n"
+        " for each in (path, *(os.path.join(path, name) for name in files)):\n"
+        "  about = os.lstat(each)\n"
+        "  if stat.S_ISCHR(about.st_mode) or stat.S_ISLNK(about.st_mode): continue\n"
+        "  if os.access(each, os.W_OK): places[about.st_dev] = each\n"
+        "queues = os.lstat('/dev/mqueue').st_dev if os.path.exists('/dev/mqueue') else None\n"
+        "places.pop(queues, None)\n"  # which have a limit of their own
+        "sizes = [os.statvfs(place) for place in places.values()]\n"
+        f"print(sum(size.f_blocks * size.f_frsize for size in sizes) <= {DISK}, len(sizes))\n"
+        f"print(sum(size.f_files for size in sizes) <= {DISK} // 1024)",
+    )
+    assert told.stdout.split() == ["True", "5" if method == "container" else "2", "True"]
 
 
 def test_row_56_a_kernel_without_descriptors_answers(bounded: Sandbox) -> None:

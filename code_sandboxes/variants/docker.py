@@ -1,0 +1,213 @@
+"""local-docker: kernels in a container on this machine, hardened, each spoken to over ``ipc://``.
+
+The keeper makes the container (:mod:`code_sandboxes.isolation.container`) and keeps the sandbox, as it keeps
+those of local-jupyter. What is in the container is its image's: an operating system, Python, ipykernel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from code_sandboxes.checks import check_str
+from code_sandboxes.errors import SandboxError
+from code_sandboxes.info import Capabilities, Capability, SandboxVariant
+from code_sandboxes.isolation.bubblewrap import INIT
+from code_sandboxes.isolation.container import GUEST, WORKING_DIR
+from code_sandboxes.isolation.container_engine import Engine, url_of
+from code_sandboxes.isolation.engine import IMAGE
+from code_sandboxes.isolation.gpus import installed
+from code_sandboxes.isolation.plan import Bounds, ContainerPlan, Plan
+from code_sandboxes.variants.base import ContextSpec
+from code_sandboxes.variants.kept import Kept
+from code_sandboxes.variants.kernelspecs import IPYKERNEL_ARGUMENTS, LAUNCH
+from code_sandboxes.variants.launches import THROUGH_PROXY, check_variables, locale, own_packages
+from code_sandboxes.variants.mounts import Refuse, asked_mounts, check_keeper_is_hidden, check_start
+from code_sandboxes.variants.plans import DISK, PIDS, bounds_of, network_of, told_bounds, told_mounts
+
+if TYPE_CHECKING:
+    from code_sandboxes.config import SandboxConfig
+
+__all__ = ["LocalDocker"]
+
+_KERNEL = "python3"
+_LAUNCH = f"{GUEST}/{os.path.basename(LAUNCH)}"
+_PYTHON = ("python", "python3")
+_NOT_ROOT = "code is not root in the container, whose image is read-only; create it with user='root'"
+
+# What code is called that has no name in the image.
+_NAME = "sandbox"
+
+
+class LocalDocker(Kept):
+    """Kernels in a container on this machine."""
+
+    name = SandboxVariant.LOCAL_DOCKER
+    options: ClassVar[frozenset[str]] = frozenset(
+        {"disk", "docker_client", "docker_host", "image", "max_output", "mounts", "pids", "user"}
+    )
+
+    def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
+        super().__init__(config, options)
+        self._kernel_name = _KERNEL
+
+    def _check(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
+        if not hasattr(os, "pidfd_open"):
+            raise self.refuse("run on this system", "it needs Linux, version 5.3 or newer")
+        for option in ("docker_host", "image", "user"):
+            check_str(option, options.get(option))
+        if config.environment is not None:
+            raise self.refuse(
+                f"provide the environment {config.environment!r}", "it runs an image; choose with image="
+            )
+        check_variables("env", config.env_vars)
+
+    @classmethod
+    def capabilities(cls) -> Capabilities:
+        return _capabilities(_why_not(), _NOT_ROOT)
+
+    @property
+    def own_capabilities(self) -> Capabilities:
+        assert self.plan.container is not None
+        return _capabilities("", self._why_no_system_packages(self.plan.container))
+
+    def _why_no_system_packages(self, plan: ContainerPlan) -> str:
+        if not plan.is_root:
+            return _NOT_ROOT
+        return "it has no network; create it with a network_policy that lets it have one" * (
+            self.plan.network == "none"
+        )
+
+    def _decide(self) -> Plan:
+        options, config, user = self._options, self.config, str(self._options.get("user") or "")
+        mounts = asked_mounts(options.get("mounts"), (), self.refuse)
+        check_keeper_is_hidden(mounts, self.refuse)
+        container = ContainerPlan(
+            engine=_engine_of(options, self.refuse),
+            image=str(options.get("image") or IMAGE),
+            user=user,
+            as_caller=any(mount.writable for mount in mounts) and os.geteuid() != 0,
+            gpus=self._gpus(config.gpu),
+        )
+        reasons = dict.fromkeys(("network_none", "network_allowlist", "memory", "cpu", "pids", "disk"), "")
+        defaults = Bounds(pids=PIDS, disk=DISK)
+        if container.is_root:
+            reasons["disk"] = "code that is root can write the whole image, and layers have no limit"
+            defaults = Bounds(pids=PIDS)
+        return Plan(
+            "container",
+            mounts,
+            bounds_of(config, options, reasons, defaults, self.refuse),
+            network_of(config, reasons, self.refuse),
+            tuple(config.allowed_hosts) if config.network_policy == "allowlist" else (),
+            check_start(config.working_dir or WORKING_DIR, mounts, self.refuse),
+            first=INIT,
+            container=container,
+        )
+
+    def _gpus(self, wanted: str | None) -> tuple[str, ...]:
+        """The GPU that was asked for, by its type."""
+        if wanted is None:
+            return ()
+        gpus = installed()
+        chosen = [number for number, model in gpus.items() if wanted.lower() in model.lower()]
+        if not chosen:
+            there = ", ".join(sorted(set(gpus.values()))) or "none"
+            raise self.refuse(
+                f"choose a GPU (gpu={wanted!r})", f"this machine has no such one (NVIDIA GPUs: {there})"
+            )
+        return tuple(chosen[:1])
+
+    def _describe(self) -> str:
+        plan = self.plan
+        assert plan.container is not None
+        network = {
+            "all": "a network of its own behind the machine's, whose services it reaches",
+            "none": "no network",
+            "allowlist": f"from the network only {', '.join(plan.allowed_hosts) or 'nothing'}",
+        }[plan.network]
+        who = "code is root in it, without most privileges" if plan.container.is_root else "read-only"
+        return (
+            f"container: the image {plan.container.image}, {who}, processes and users of its own, {network};"
+            f" {told_bounds(plan.bounds)}{told_mounts(plan.mounts)}; the system's kernel is shared"
+        )
+
+    def kernel_name(self, language: str | None) -> str:
+        if language is not None and language.lower() not in _PYTHON:
+            raise ValueError(f"local-docker only runs the Python of its image, not the language {language!r}")
+        return _KERNEL
+
+    def language_of(self, kernel_name: str) -> str:
+        return "python"
+
+    def _how_to_start(self, spec: ContextSpec) -> Mapping[str, object]:
+        check_variables("env", spec.env)
+        plan = self.plan
+        assert plan.container is not None
+        home = plan.container.home
+        # HOME and PATH are the container's: what its image says goes before.
+        own = locale() | {"USER": _NAME, "LOGNAME": _NAME}
+        own |= {} if plan.container.is_root else own_packages(home)
+        own |= {} if plan.network == "all" else THROUGH_PROXY
+        return {
+            "command": [_KERNEL, _LAUNCH, "-f", "{connection_file}", *IPYKERNEL_ARGUMENTS],
+            "env": {**own, **self.config.env_vars, **spec.env},
+            "cwd": spec.cwd or plan.working_dir,
+            "interrupt_mode": "signal",
+            "by_descriptors": True,
+        }
+
+
+def _engine_of(options: Mapping[str, object], refuse: Refuse) -> str:
+    """The URL of the engine."""
+    host, client = options.get("docker_host"), options.get("docker_client")
+    if client is not None:
+        if host is not None:
+            raise refuse("honour docker_host and docker_client", "one of them says which engine it is")
+        host = url_of(client)
+    url = str(host or os.environ.get("DOCKER_HOST") or "")  # which the keeper may not have
+    if url and not url.startswith("unix://"):
+        raise refuse(
+            f"use the engine at {url}",
+            "its containers are handed sockets of this machine; name one that listens at unix:///path",
+        )
+    return url
+
+
+def _why_not() -> str:
+    """Why there are no containers here; empty if there are."""
+    try:
+        engine = Engine()
+    except SandboxError as error:
+        return str(error)
+    engine.close()
+    return "" if engine.is_local else f"the engine at {engine.url} is not on this machine"
+
+
+def _capabilities(why_not: str, why_no_system_packages: str) -> Capabilities:
+    not_yet = Capability(False, "it cannot do that yet")
+    here = Capability(not why_not, why_not)
+    gpu = Capability(bool(installed()), "" if installed() else "this machine has no NVIDIA GPU")
+    return Capabilities(
+        languages=_PYTHON,
+        contexts=here,
+        own_process=here,
+        environment=here,
+        magics=here,
+        interrupt_blocked=here,
+        subshells=here,
+        system_packages=Capability(not why_no_system_packages, why_no_system_packages) if here else here,
+        network_none=here,
+        network_allowlist=here,
+        memory_limit=here,
+        cpu_limit=here,
+        pids_limit=here,
+        disk_limit=here,
+        gpu=gpu if here else here,
+        mounts=here,
+        idle_timeout=here,
+        pause=here,
+        snapshots=not_yet,
+        fork=not_yet,
+    )
