@@ -101,11 +101,12 @@ def _can_run(item: pytest.Item) -> bool:
         return True
     if callspec.params["variant"] == SandboxVariant.LOCAL_DOCKER:
         # To the fronts it is the same as local-jupyter, by way of the same keeper.
-        if callspec.params.get("front", FRONTS[0]) != FRONTS[0]:
-            return False
-        if item.get_closest_marker("not_in_a_container") or any(n.startswith("languages.") for n in needed):
-            return False
-        return True
+        is_left_out = (
+            callspec.params.get("front", FRONTS[0]) != FRONTS[0]
+            or item.get_closest_marker("not_in_a_container") is not None
+            or any(name.startswith("languages.") for name in needed)
+        )
+        return not is_left_out
     capabilities = Sandbox.capabilities_of(callspec.params["variant"])
     return all(_has(capabilities, name) for name in needed)
 
@@ -260,7 +261,8 @@ class ReadmeExample(pytest.Item):
         if '"local-docker"' in self._code and why_no_containers() and not REQUIRES_CONTAINERS:
             pytest.skip(f"NO CONTAINERS: {why_no_containers()}")
         before = Path.cwd()
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setenv("CODE_SANDBOXES_SNAPSHOTS", f"{folder}/snapshots")
             os.chdir(folder)
             try:
                 exec(

@@ -128,7 +128,9 @@ def _machine(facts: Facts, containers: Capability) -> dict[str, str]:
 def _engine() -> str:
     engine = Engine()
     try:
-        image = IMAGE if engine.has_image(IMAGE) else "no image yet: run `python -m code_sandboxes build-image`"
+        image = IMAGE
+        if not engine.has_image(IMAGE):
+            image = "no image yet: run `python -m code_sandboxes build-image`"
         return f"Docker {engine.version} ({engine.url}), {image}"
     except SandboxConnectionError as error:
         return f"no: {error}"

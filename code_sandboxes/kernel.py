@@ -46,7 +46,7 @@ from code_sandboxes.protocol.messages import Channel as MessageChannel, Message,
 from code_sandboxes.protocol.outputs import Displays, Outputs
 from code_sandboxes.protocol.router import Router
 from code_sandboxes.results import Logs
-from code_sandboxes.runs import Pause, Run
+from code_sandboxes.runs import Run, Turn
 from code_sandboxes.transports.loop import Loop, Timer
 
 __all__ = ["Ended", "Kernel", "Ready", "StartFailed"]
@@ -201,9 +201,9 @@ class Kernel:
         """Nobody will see the result of *run*: if variables were lost in it, the next one tells."""
         self._loop.call_soon(lambda: self._abandon(run))
 
-    def resume(self, pause: Pause) -> None:
-        """End *pause*, which was executed: runs go on that have waited for that; or it does not begin."""
-        self._loop.call_soon(lambda: self._resume(pause))
+    def end_turn(self, turn: Turn) -> None:
+        """End *turn*, which was executed: runs go on that have waited for that; or it does not begin."""
+        self._loop.call_soon(lambda: self._end_turn(turn))
 
     def hold(self, *, on: bool) -> None:
         """Its process has been stopped, or goes on: the clock of its run does the same."""
@@ -435,7 +435,7 @@ class Kernel:
         self._advance()
 
     def _begin(self, run: Run) -> None:
-        if isinstance(run, Pause):
+        if isinstance(run, Turn):
             self._current = run
             run.inbox.put(Started(None))
             return
@@ -460,11 +460,11 @@ class Kernel:
         self._finish(run, Done())
         self._advance()
 
-    def _resume(self, pause: Pause) -> None:
-        if pause is self._current:
-            self._over(pause)
-        elif pause in self._queue:
-            self._queue.remove(pause)
+    def _end_turn(self, turn: Turn) -> None:
+        if turn is self._current:
+            self._over(turn)
+        elif turn in self._queue:
+            self._queue.remove(turn)
 
     def _over_without_reply(self, run: Run) -> None:
         if run.replied or (run.started and not run.idle_by_itself):
@@ -554,7 +554,7 @@ class Kernel:
         self._death_unreported |= run.lost_state
 
     def _stop(self, run: Run) -> None:
-        if run.stopping or isinstance(run, Pause):
+        if run.stopping or isinstance(run, Turn):
             return
         run.stopping = True
         _cancel(run.deadline)

@@ -274,6 +274,7 @@ class _Pool:
         if error is None and core not in self._alive:
             error = SandboxNotStartedError(f"{core.id} ended as soon as it was started")
         if error is not None:
+            self._alive.discard(core)  # it may never have begun, and so not end
             self._failed(error)
         elif self._closed:
             self._end(core, "its pool was closed")

@@ -215,12 +215,16 @@ def _end(groups: list[int], folders: list[str], cgroups: list[str], *, was_kille
 
 
 def _remove_containers(containers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Those of them that are not there."""
+    """Those of them that are not there, as far as is known."""
     missing = []
     for engine, name in containers:
-        with contextlib.suppress(OSError):  # the rest must go all the same
+        try:
             if not remove_container(engine, name):
                 missing.append((engine, name))
+        except TimeoutError:
+            missing.append((engine, name))
+        except OSError:  # nobody is there to ask, and the rest must go all the same
+            continue
     return missing
 
 

@@ -12,7 +12,7 @@ from code_sandboxes.transports.loop import Timer
 if TYPE_CHECKING:
     from code_sandboxes.kernel import Kernel
 
-__all__ = ["Pause", "Run"]
+__all__ = ["Run", "Turn"]
 
 # What a caller need not be woken for: it comes with the next event, and the last one always wakes. Streams
 # do always, so that the caller takes them while they come.
@@ -65,8 +65,8 @@ class Run:
         self.unanswered = 0
 
 
-class Pause(Run):
-    """Takes its turn as a run does, and then nothing is run, by whichever program, until it is let go.
+class Turn(Run):
+    """Has its turn as a run has, and runs nothing; nor does anybody else, in any program, until it ends.
 
     Its inbox gets :class:`Started` when its turn has come; else what a run gets that is not begun.
     """

@@ -32,7 +32,7 @@ from code_sandboxes.inbox import Inbox
 from code_sandboxes.isolation.system import is_below
 from code_sandboxes.operations import DEFAULT, Core
 from code_sandboxes.protocol.events import Event, Started
-from code_sandboxes.runs import Pause
+from code_sandboxes.runs import Turn
 from code_sandboxes.snapshots import SavedContext, Snapshot, SnapshotInfo, Store, Writer, check_name
 from code_sandboxes.steps import Operation, Wait, in_worker, next_event, running_inside
 from code_sandboxes.variants.base import ContextSpec, Variant
@@ -128,16 +128,16 @@ class _Taken:
         self._folders = yield from _locally(lambda: self._core.variant.own_folders)
         guest = self._core.guest()  # whose kernel may be another one than that of the runs
         kernels = self._core.kernels()
-        pauses = [Pause(kernel, Inbox()) for _, kernel in kernels]
+        turns = [Turn(kernel, Inbox()) for _, kernel in kernels]
         try:
-            for pause in pauses:
-                yield from _turn_of(pause)
+            for turn in turns:
+                yield from _come(turn)
             yield from self._take_files(guest)
             for spec, kernel in kernels:
                 yield from self._take_context(spec, Guest(kernel, None))
         finally:
-            for pause in pauses:
-                pause.kernel.resume(pause)
+            for turn in turns:
+                turn.kernel.end_turn(turn)
 
     def _take_files(self, guest: Guest) -> Operation[None]:
         folders = list(self._folders)
@@ -163,14 +163,14 @@ class _Taken:
         return self._writer.commit(self._folders, self._contexts, self._variables, self._not_carried)
 
 
-def _turn_of(pause: Pause) -> Operation[None]:
-    """Return when no code runs in that kernel, and none will.
+def _come(turn: Turn) -> Operation[None]:
+    """Return when no code runs in its kernel, and none will.
 
     Raises:
         SandboxSnapshotError: it does not come to that.
     """
-    pause.kernel.execute(pause)
-    event = yield from next_event(pause.inbox)
+    turn.kernel.execute(turn)
+    event = yield from next_event(turn.inbox)
     if not isinstance(event, Started):
         why = getattr(event, "sentence", "it was interrupted")
         raise SandboxSnapshotError(f"no snapshot was made: its turn did not come: {why}")
@@ -233,13 +233,14 @@ class Restoring:
 
     def find(self) -> None:
         snapshot = self._store.find(self._name)
+        self._variant.begin_with(snapshot)
         folders = self._variant.own_folders
         missing = [folder for folder in snapshot.folders if folder not in folders]
         if missing:
             raise SandboxSnapshotError(
                 f"the snapshot {self._name!r} cannot be restored like this: it has the files of {missing[0]},"
                 f" and this sandbox would have files of its own in {', '.join(folders)} only; ask for the"
-                " isolation that the snapshot was made with"
+                " isolation, mounts and working_dir that the snapshot was made with"
             )
         self._snapshot = snapshot
 

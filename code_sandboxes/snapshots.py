@@ -222,6 +222,7 @@ class FolderStore:
             snapshot = self.find(id)
             removed = self.root / f"{_UNDER_WAY}{snapshot.info.id}"
             os.rename(self.root / snapshot.info.id, removed)
+        self.let_go(snapshot.info.id)
         _remove(removed)
 
     @contextmanager
@@ -238,6 +239,16 @@ class FolderStore:
             fcntl.flock(fd, fcntl.LOCK_UN)  # by name: a forked child may have the descriptor, too
         finally:
             os.close(fd)
+
+    def keep(self, id: str) -> None:
+        """Keep what else belongs to that snapshot, before it is there.
+
+        Raises:
+            SandboxError: it cannot be kept.
+        """
+
+    def let_go(self, id: str) -> None:
+        """What :meth:`keep` has kept, if it has."""
 
     def check_free(self, name: str) -> None:
         """
@@ -309,6 +320,7 @@ class _FolderWriter:
         about = {"format": _FORMAT, **asdict(Snapshot(info, folders, contexts))}
         self.begin(_ABOUT)
         self.write(json.dumps(about).encode())
+        self._store.keep(self._id)
         with self._telling():
             self._close()
             with self._store.locked():
@@ -326,6 +338,7 @@ class _FolderWriter:
                 with suppress(OSError):  # what could not be written is removed all the same
                     self._close()
                 if self._lock >= 0:
+                    self._store.let_go(self._id)
                     _remove(self._folder)
                     os.close(self._lock)
 

@@ -33,7 +33,10 @@ from conftest import MakeSandbox, sandbox_folders, wait_until
 ISOLATED = True
 EVERY_FRONT = ("blocking", "async")
 
-pytestmark = [pytest.mark.needs("snapshots"), pytest.mark.not_in_a_container("it has none yet")]
+pytestmark = [
+    pytest.mark.needs("snapshots"),
+    pytest.mark.not_in_a_container("what is special about it is in test_container_snapshots.py"),
+]
 
 MIB = 1024**2
 
@@ -192,12 +195,17 @@ def test_one_snapshot_begins_many_sandboxes_and_is_made_of_one_that_began_so(
 
 
 @pytest.mark.one_front
-def test_a_pool_can_begin_with_one(sandbox: Sandbox, isolation: dict[str, Any]) -> None:
+def test_a_pool_can_begin_with_one(sandbox: Sandbox, variant: str, isolation: dict[str, Any]) -> None:
     sandbox.run_code("x = 1")
     sandbox.create_snapshot("mine")
 
-    with SandboxPool("local-jupyter", size=1, snapshot_name="mine", **isolation) as pool:
+    with SandboxPool(variant, size=1, snapshot_name="mine", **isolation) as pool:
         assert text_of(pool.acquire(timeout=60), "x") == "1"
+    with (
+        SandboxPool(variant, size=1, snapshot_name="another", **isolation) as pool,
+        pytest.raises(SandboxSnapshotError, match="no snapshot 'another'"),
+    ):
+        pool.acquire(timeout=60)
 
 
 # What cannot be carried is named.

@@ -58,6 +58,7 @@ class _Bubble:
     """
 
     environment: Mapping[str, str] = {}
+    container: str | None = None
 
     def __init__(
         self, process: subprocess.Popen[bytes], first: int, cgroup: cgroups.Cgroup | None, guard: Reaper

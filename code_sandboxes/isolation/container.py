@@ -34,10 +34,13 @@ from code_sandboxes.transports.loop import Loop
 if TYPE_CHECKING:
     from code_sandboxes.isolation.plan import ContainerPlan
 
-__all__ = ["CONTAINERS", "GUEST", "HOST", "LABEL", "SHOWN", "WORKING_DIR", "make"]
+__all__ = ["CONTAINERS", "GUEST", "HOST", "LABEL", "SHOWN", "SNAPSHOTS", "WORKING_DIR", "files_of", "make"]
 
 CONTAINERS = "containers"
 """The file in a sandbox's folder that names those that were made for it, one a line, after their engine."""
+
+SNAPSHOTS = "code-sandboxes-snapshot"
+"""The name of the images of snapshots; their tags say which."""
 
 LABEL = "io.code-sandboxes"
 """What begins the labels of our containers; ``.sandbox`` says whose one is, ``.keeper`` who made it."""
@@ -70,7 +73,11 @@ _LOOK = 0.25
 
 
 class _Container:
-    """A :class:`code_sandboxes.isolation.enclosure.Place`."""
+    """A :class:`code_sandboxes.isolation.enclosure.Place`.
+
+    Args:
+        image: the number of the image, if it is a snapshot's.
+    """
 
     def __init__(
         self,
@@ -80,13 +87,16 @@ class _Container:
         control: socket.socket,
         memory: cgroups.Cgroup | None,
         guard: Reaper,
+        image: str | None,
     ) -> None:
         self.environment = environment
+        self.container: str | None = name
         self._engine = engine
         self._name = name
         self._control = control
         self._memory = memory
         self._guard = guard
+        self._image = image
 
     def kill(self) -> None:
         with contextlib.suppress(OSError):  # it has hung up itself
@@ -98,6 +108,8 @@ class _Container:
     def remove(self) -> None:
         self.kill()
         _remove(self._engine, self._name, self._guard)
+        if self._image is not None:  # its snapshot may have been deleted meanwhile
+            self._engine.remove_image_without_name(self._image)
         self._engine.close()
 
 
@@ -136,7 +148,8 @@ def make(loop: Loop, plan: Plan, sandbox_id: str, folder: Path, guard: Reaper) -
         _check_volumes(about, plan)
         proxy_listener = configure(control, plan, _configuration(plan), said)
         variables = _environment(about["Config"]["Env"], plan.container.home)
-        place = _Container(engine, name, variables, control, _memory_of(about, plan), guard)
+        image = about["Image"] if plan.container.image.startswith(f"{SNAPSHOTS}:") else None
+        place = _Container(engine, name, variables, control, _memory_of(about, plan), guard, image)
         undo.pop_all()
     return Enclosure(loop, plan, control, proxy_listener, place)
 
@@ -320,6 +333,11 @@ def _sizes(plan: Plan) -> dict[str, int]:
         sizes[place] = sizes.pop(WORKING_DIR) + sizes.get(place, 0)
     sizes = {path: size for path, size in sizes.items() if all(path != mount.target for mount in plan.mounts)}
     return sizes | {SHARED_MEMORY: min(_MOST_SHARED_MEMORY, _pages(plan.bounds.disk - sum(sizes.values())))}
+
+
+def files_of(plan: Plan) -> tuple[str, ...]:
+    """The places of the code's own files; none where all of its image can be written."""
+    return tuple(path for path in _sizes(plan) if path != SHARED_MEMORY)
 
 
 def _pages(size: int) -> int:

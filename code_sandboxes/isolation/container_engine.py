@@ -174,6 +174,44 @@ class Engine:
         with told("resume a container"):
             self._api.unpause(number)
 
+    def commit(self, name: str, image: str) -> None:
+        """Make an image of a container as it is; what lies in memory is not in it.
+
+        Raises:
+            SandboxConnectionError: it is gone, or there is no room.
+        """
+        repository, _, tag = image.partition(":")
+        with told("make an image of a container"):
+            self._api.commit(name, repository, tag)
+
+    def remove_image_without_name(self, number: str) -> None:
+        """Remove an image, if it has no name and no container.
+
+        Raises:
+            SandboxConnectionError: the engine does not answer.
+        """
+        from docker.errors import APIError, ImageNotFound
+
+        with told("remove an image"), contextlib.suppress(ImageNotFound):
+            if self._api.inspect_image(number)["RepoTags"]:
+                return
+            try:
+                self._api.remove_image(number)
+            except APIError as error:
+                if error.status_code != 409:  # another container has it: that one's end is the image's, too
+                    raise
+
+    def remove_image(self, name: str) -> None:
+        """Remove that name; the image, too, if it has no other one, and no container.
+
+        Raises:
+            SandboxConnectionError: the engine does not answer.
+        """
+        from docker.errors import ImageNotFound
+
+        with told("remove an image"), contextlib.suppress(ImageNotFound):
+            self._api.remove_image(name, force=True)
+
     def remove(self, number: str) -> None:
         """End it and remove it, and wait until it is gone.
 

@@ -103,7 +103,13 @@ class EnclosedKernel:
 
 
 class Place(Protocol):
-    """What an enclosure is seen from outside."""
+    """What an enclosure is seen from outside.
+
+    Attributes:
+        container: its name, if it is one.
+    """
+
+    container: str | None
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -241,6 +247,11 @@ class Enclosure:
     def environment(self) -> Mapping[str, str]:
         """What every process in it has to begin with."""
         return self._place.environment
+
+    @property
+    def container(self) -> str | None:
+        """The name of the container, if it is one."""
+        return self._place.container
 
     def kill(self) -> None:
         """End it at once; from any thread."""

@@ -72,6 +72,11 @@ class Quarters:
         self.home.mkdir(mode=0o700)
 
     @property
+    def container(self) -> str | None:
+        """The name of the container, if there is one."""
+        return self._enclosure.container if self._enclosure is not None else None
+
+    @property
     def server_url(self) -> str | None:
         """Where a Jupyter Server can be reached, if these are a container."""
         if not self._are_a_container:
@@ -219,6 +224,7 @@ class Quarters:
         return enclosure
 
     def _use(self, enclosure: Enclosure) -> None:
+        self._under_way += 1  # until it is removed
         enclosure.watch(lambda: self._over(enclosure))
         if self._are_a_container:
             self._server = self._serve(enclosure)
@@ -253,7 +259,6 @@ class Quarters:
             self._proxy = proxy
 
     def _over(self, enclosure: Enclosure) -> None:
-        self._under_way += 1
         if self._server is not None:
             self._server.close()
             self._server = None

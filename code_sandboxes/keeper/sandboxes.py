@@ -222,6 +222,7 @@ class KeptSandbox:
             "detached": self._detached,
             "paused": self._is_paused,
             "kernels": len(self._running),
+            "container": self._quarters.container,
             "jupyter_server": self._quarters.server_url,
         }
 

@@ -14,7 +14,7 @@ from code_sandboxes.network_info import NetworkAttempt
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
-    from code_sandboxes.snapshots import Store
+    from code_sandboxes.snapshots import Snapshot, Store
 
 __all__ = ["Audience", "ContextSpec", "Record", "Variant"]
 
@@ -211,6 +211,14 @@ class Variant(ABC):
             SandboxConfigurationError: it cannot go on without this program.
         """
         raise self.refuse("detach", "the code runs in this process; use local-jupyter")
+
+    def begin_with(self, snapshot: Snapshot) -> None:
+        """It is to be made for what that snapshot has; before :meth:`prepare`, may block.
+
+        Raises:
+            SandboxConfigurationError: its settings say otherwise.
+        """
+        return
 
     def pause(self, *, on: bool) -> None:
         """Stop all processes of the sandbox, or let them go on; may block.

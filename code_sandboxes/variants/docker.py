@@ -6,6 +6,7 @@ those of local-jupyter. What is in the container is its image's: an operating sy
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
@@ -14,7 +15,7 @@ from code_sandboxes.checks import check_str
 from code_sandboxes.errors import SandboxError
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
 from code_sandboxes.isolation.bubblewrap import INIT
-from code_sandboxes.isolation.container import GUEST, WORKING_DIR
+from code_sandboxes.isolation.container import GUEST, WORKING_DIR, files_of
 from code_sandboxes.isolation.container_engine import Engine, url_of
 from code_sandboxes.isolation.engine import IMAGE
 from code_sandboxes.isolation.gpus import installed
@@ -28,6 +29,7 @@ from code_sandboxes.variants.plans import DISK, PIDS, bounds_of, network_of, tol
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
+    from code_sandboxes.snapshots import Snapshot, Store
 
 __all__ = ["LocalDocker"]
 
@@ -51,6 +53,29 @@ class LocalDocker(Kept):
     def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         super().__init__(config, options)
         self._kernel_name = _KERNEL
+        self._image = str(options.get("image") or IMAGE)
+
+    @property
+    def snapshots(self) -> Store:
+        from code_sandboxes.variants.container_snapshots import ContainerStore
+
+        return ContainerStore(self.name, self._engine, lambda: str(self._described()["container"]))
+
+    @property
+    def _engine(self) -> str:
+        plan = self._plan
+        return plan.container.engine if plan and plan.container else _engine_of(self._options, self.refuse)
+
+    @property
+    def own_folders(self) -> tuple[str, ...]:
+        return files_of(self.plan)
+
+    def begin_with(self, snapshot: Snapshot) -> None:
+        from code_sandboxes.variants.container_snapshots import image_of
+
+        if self._options.get("image") is not None:
+            raise self.refuse("begin with a snapshot and image=", "a snapshot has an image of its own")
+        self._image = image_of(snapshot.info.id)
 
     def _check(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         if not hasattr(os, "pidfd_open"):
@@ -85,7 +110,7 @@ class LocalDocker(Kept):
         check_keeper_is_hidden(mounts, self.refuse)
         container = ContainerPlan(
             engine=_engine_of(options, self.refuse),
-            image=str(options.get("image") or IMAGE),
+            image=self._image,
             user=user,
             as_caller=any(mount.writable for mount in mounts) and os.geteuid() != 0,
             gpus=self._gpus(config.gpu),
@@ -172,7 +197,19 @@ def _engine_of(options: Mapping[str, object], refuse: Refuse) -> str:
             f"use the engine at {url}",
             "its containers are handed sockets of this machine; name one that listens at unix:///path",
         )
+    if not url and _has_context():
+        engine = Engine()
+        url = engine.url
+        engine.close()
     return url
+
+
+def _has_context() -> bool:
+    """This program's command ``docker`` may look elsewhere than by default, and than the keeper's would."""
+    folder = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
+    with contextlib.suppress(OSError), open(os.path.join(folder, "config.json"), errors="replace") as file:
+        return "DOCKER_CONTEXT" in os.environ or "currentContext" in file.read()
+    return "DOCKER_CONTEXT" in os.environ
 
 
 def _why_not() -> str:
@@ -208,6 +245,6 @@ def _capabilities(why_not: str, why_no_system_packages: str) -> Capabilities:
         mounts=here,
         idle_timeout=here,
         pause=here,
-        snapshots=not_yet,
+        snapshots=here,
         fork=not_yet,
     )

@@ -14,8 +14,8 @@ __all__ = ["check_length", "runtime_root"]
 # sun_path of unix(7) holds 107 bytes and a zero; macOS has 103.
 _LONGEST_SOCKET_PATH = 103
 
-# A keeper's folder, and below it by number a sandbox's, a kernel's, and a channel's socket; what containers see
-# has a letter of its own in between.
+# A keeper's folder, and below it by number a sandbox's, a kernel's, and a channel's socket; what containers
+# see has a letter of its own in between.
 _LONGEST_NAME = "k2-0000/00000/c/000000/s-5"
 
 _ADVICE = "set CODE_SANDBOXES_RUNTIME_DIR to a folder of yours"

@@ -167,4 +167,3 @@ def _warn_once(why: str) -> None:
         SandboxIsolationWarning,
         stacklevel=frames_of_this_package() + 1,
     )
-

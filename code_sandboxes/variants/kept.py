@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Kept", "ipykernel_version"]
 
 # Of what the keeper says of a sandbox.
-_METADATA = ("programs", "detached", "paused", "kernels", "jupyter_server")
+_METADATA = ("programs", "detached", "paused", "kernels", "container", "jupyter_server")
 
 _MAX_OUTPUT = 256 * 1024**2
 
@@ -124,6 +124,10 @@ class Kept(Variant):
     def _home(self) -> str:
         """Where code is at home, if it has nothing of its own."""
         return str(self._about_it.get("home", ""))
+
+    def _described(self) -> Answer:
+        """What the keeper says of it now; may block."""
+        return self._ask("open")
 
     @property
     def max_output(self) -> int:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 # Of this project, besides the package: what its tests are.
 _OURS = ("conftest.py", "pyproject.toml", "README.md", "code_sandboxes", "tests")
 
-_NEEDED = ("code-sandboxes", "psutil", "pytest", "pytest-timeout", "bash_kernel", "numpy")
+_NEEDED = ("code-sandboxes", "docker", "psutil", "pytest", "pytest-timeout", "bash_kernel", "numpy")
 
 # Numbers that systems give to nobody (systemd, "Users, Groups, UIDs and GIDs").
 _NUMBERS = range(61184, 65519)
