@@ -53,6 +53,9 @@ _LOOKS_IN_VAIN = 3
 # How long one may take that was only forked when its parent was killed to be the program that it was to be.
 _NEWBORN = 0.25
 
+# How long an engine may go on to make a container for one who was killed meanwhile.
+_MAKING = 10.0
+
 # How many to kill before waiting for their end: each takes a descriptor.
 _AT_ONCE = 200
 
@@ -165,13 +168,20 @@ def main(program: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     line = _last_line(program)
     if line:
-        left, was_killed = json.loads(line), os.getppid() != program
+        left = json.loads(line)
         missing = _remove_containers(left["containers"])
-        _end(left["groups"], left["folders"], left["cgroups"], was_killed=was_killed)
-        give_up = time.monotonic() + _PERSISTENCE
-        while missing and was_killed and time.monotonic() < give_up:  # an engine may still be making them
+        _end(left["groups"], left["folders"], left["cgroups"], program)
+        give_up = time.monotonic() + _MAKING
+        while missing and time.monotonic() < give_up:
             time.sleep(_NEWBORN)
+            if not _was_killed(program):
+                return
             missing = _remove_containers(missing)
+
+
+def _was_killed(program: int) -> bool:
+    """The pipe of one that is killed is closed a moment before: this is asked as late as possible."""
+    return os.getppid() != program
 
 
 def _last_line(program: int) -> bytes:
@@ -198,7 +208,7 @@ def _last_line(program: int) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def _end(groups: list[int], folders: list[str], cgroups: list[str], *, was_killed: bool) -> None:
+def _end(groups: list[int], folders: list[str], cgroups: list[str], program: int) -> None:
     with contextlib.suppress(OSError):  # the rest must go all the same
         end_cgroups(cgroups)
     for group in groups:
@@ -206,7 +216,7 @@ def _end(groups: list[int], folders: list[str], cgroups: list[str], *, was_kille
             os.killpg(group, signal.SIGKILL)
     with contextlib.suppress(OSError):  # the folders must go all the same
         end_marked(folders)
-        if was_killed:  # what it had just forked has its mark only after execve(2)
+        if _was_killed(program):  # what it had just forked has its mark only after execve(2)
             time.sleep(_NEWBORN)
             end_marked(folders)
     for folder in folders:

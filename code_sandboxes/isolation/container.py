@@ -161,10 +161,17 @@ def _remove(engine: Engine, name: str, guard: Reaper) -> None:
 
 def _user(plan: ContainerPlan, engine: Engine, name: str, labels: Mapping[str, str]) -> str:
     """Who code is: of two sandboxes not the same, as what a user has is counted for all of them together."""
+    if plan.is_root:
+        return plan.user
     if plan.user:
-        user, _, group = plan.user.partition(":")
-        is_numbered = user.isdecimal() and (group or "0").isdecimal()
-        return plan.user if plan.is_root or is_numbered else _numbers(plan, engine, name, labels)
+        is_numbered = all(part.isdecimal() for part in plan.user.split(":", 1))
+        user = plan.user if is_numbered else _numbers(plan, engine, name, labels)
+        if int(user.partition(":")[0]) == 0:
+            raise SandboxConfigurationError(
+                f"the user {plan.user!r} is root in {plan.image}; if code is to be that, create it with"
+                " user='root'"
+            )
+        return user
     if plan.as_caller:
         return f"{os.geteuid()}:{os.getegid()}"
     uid = USER if engine.has_few_users else secrets.choice(USERS)
