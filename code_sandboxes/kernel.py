@@ -260,7 +260,8 @@ class Kernel:
     def _launch(self) -> None:
         self._state = _State.STARTING
         self._too_late = False
-        self._loop.run_blocking(self._launch_process, self._launched)
+        # What it is started in may take its time, which others should not have to wait for.
+        self._loop.run_blocking(self._launch_process, self._launched, apart=True)
 
     def _launched(self, process: KernelProcess | None, error: Exception | None) -> None:
         if process is None:

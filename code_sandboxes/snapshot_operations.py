@@ -123,6 +123,7 @@ class _Taken:
         self._variables: list[str] = []
         self._not_carried: dict[str, str] = {}
         self._home = ""
+        self._room_of_files, self._room_of_variables = core.variant.most_in_a_snapshot
 
     def take(self) -> Operation[None]:
         self._folders = yield from _locally(lambda: self._core.variant.own_folders)
@@ -141,7 +142,9 @@ class _Taken:
 
     def _take_files(self, guest: Guest) -> Operation[None]:
         folders = list(self._folders)
-        answer = yield from _received(guest, self._writer, _FILES, "snapshots.save_files", folders=folders)
+        answer = yield from _received(
+            guest, self._writer, self._room_of_files, _FILES, "snapshots.save_files", folders=folders
+        )
         self._not_carried |= _reasons(answer.get("left"))
         self._home = as_path(answer.get("home"))
 
@@ -150,7 +153,8 @@ class _Taken:
         context = SavedContext(spec.id, spec.name, spec.kernel_name, cwd, dict(spec.env), None)
         if spec.language == "python":
             part = f"variables-{len(self._contexts)}"
-            answer = yield from _received(guest, self._writer, part, "snapshots.save_variables")
+            room = self._room_of_variables
+            answer = yield from _received(guest, self._writer, room, part, "snapshots.save_variables")
             self._variables += [_told(context, name) for name in _names(answer.get("names"))]
             for name, why in _reasons(answer.get("left")).items():
                 self._not_carried[_told(context, name)] = why
@@ -177,15 +181,15 @@ def _come(turn: Turn) -> Operation[None]:
 
 
 def _received(
-    guest: Guest, writer: Writer, part: str, name: str, **arguments: object
+    guest: Guest, writer: Writer, room: int, part: str, name: str, **arguments: object
 ) -> Operation[dict[str, object]]:
-    """Write what the guest's function *name* sends; what it says of that."""
+    """Write what the guest's function *name* sends, if that is no more than *room*; what it says of that."""
     inbox = Inbox()
     channel = Channel(inbox.put, _CREDIT)
     call = GuestCall(name, arguments, (), inbox, channel)
     yield from _locally(lambda: writer.begin(part))
     guest.begin(call)
-    attempts = 1
+    attempts, size = 1, 0
     try:
         while True:
             event = yield from _next(inbox)
@@ -199,6 +203,10 @@ def _received(
                 if attempts > _MOST_ATTEMPTS:
                     raise SandboxConnectionError(f"the sandbox began anew {attempts} times")
                 yield from _locally(lambda: writer.begin(part))
+                size = 0
+            size += sum(map(len, event.buffers))
+            if size > room:
+                raise SandboxSnapshotError(f"the sandbox sent more than {room:,} bytes, which it cannot have")
             for buffer in event.buffers:
                 data = as_bytes(buffer)
                 yield from _locally(lambda data=data: writer.write(data))  # type: ignore[misc]  # its default
@@ -363,7 +371,7 @@ def _explained(what: str) -> Iterator[None]:
     """Whatever goes wrong with files, here or there, is about this."""
     try:
         yield
-    except SandboxExecutionError as error:
+    except (SandboxConnectionError, SandboxExecutionError) as error:
         raise SandboxSnapshotError(f"{what}: {error}") from error
     except SandboxError:
         raise

@@ -19,7 +19,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, BinaryIO, Protocol
 
-from code_sandboxes.errors import SandboxConfigurationError, SandboxSnapshotError
+from code_sandboxes.errors import SandboxConfigurationError, SandboxError, SandboxSnapshotError
 from code_sandboxes.guest.files import write_all
 from code_sandboxes.info import SandboxVariant
 
@@ -222,8 +222,7 @@ class FolderStore:
             snapshot = self.find(id)
             removed = self.root / f"{_UNDER_WAY}{snapshot.info.id}"
             os.rename(self.root / snapshot.info.id, removed)
-        self.let_go(snapshot.info.id)
-        _remove(removed)
+        self._remove_with_all(removed)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -248,7 +247,11 @@ class FolderStore:
         """
 
     def let_go(self, id: str) -> None:
-        """What :meth:`keep` has kept, if it has."""
+        """What :meth:`keep` has kept, if it has.
+
+        Raises:
+            SandboxError: it is there still.
+        """
 
     def check_free(self, name: str) -> None:
         """
@@ -266,8 +269,17 @@ class FolderStore:
         """What was written when its program was killed."""
         for path in self.root.glob(f"{_UNDER_WAY}*"):
             if (lock := _lock_of(path)) is not None:
-                _remove(path)
+                self._remove_with_all(path)
                 os.close(lock)
+
+    def _remove_with_all(self, path: Path) -> None:
+        """If not all of it can go, it is tried again the next time."""
+        try:
+            self.let_go(path.name.removeprefix(_UNDER_WAY))
+        except SandboxError as error:
+            _log.warning("what belongs to %s could not be removed yet: %s", path, error)
+        else:
+            _remove(path)
 
 
 class _FolderWriter:
@@ -338,8 +350,7 @@ class _FolderWriter:
                 with suppress(OSError):  # what could not be written is removed all the same
                     self._close()
                 if self._lock >= 0:
-                    self._store.let_go(self._id)
-                    _remove(self._folder)
+                    self._store._remove_with_all(self._folder)
                     os.close(self._lock)
 
     def _check_room(self, size: int) -> None:

@@ -16,7 +16,7 @@ import pytest
 import websocket
 
 from code_sandboxes import Sandbox
-from conftest import REQUIRES_CONTAINERS, why_no_containers
+from conftest import REQUIRES_CONTAINERS, wait_until, why_no_containers
 
 pytestmark = [
     pytest.mark.slow,
@@ -99,7 +99,8 @@ def test_it_begins_again_after_its_end(sandbox: Sandbox) -> None:
     ended = sandbox.run_code(
         "import glob, os\n"
         "for path in glob.glob('/proc/[0-9]*/cmdline'):\n"
-        "    if b'server.py' in open(path, 'rb').read(): os.kill(int(path.split('/')[2]), 9); print('ended')"
+        "    if b'jupyter_server' in open(path, 'rb').read():\n"
+        "        os.kill(int(path.split('/')[2]), 9); print('ended')"
     )
     assert ended.stdout == "ended"
     # Who connects in the moment between is hung up on.
@@ -139,3 +140,30 @@ def test_it_is_of_no_other_user_and_goes_with_the_sandbox(sandbox: Sandbox) -> N
         sandbox.terminate()
         assert connection.recv(1) == b""
     assert not path.exists()
+
+
+def test_code_in_the_place_of_the_server_harms_nobody_else(sandbox: Sandbox) -> None:
+    # As it is looked for first, and does with its socket what it likes.
+    sandbox.files.write(
+        "/home/sandbox/.local/bin/python3",
+        "#!/opt/sandbox/bin/python3\nimport os, socket\n"
+        "s = socket.socket(socket.AF_UNIX)\ns.bind('/tmp/code-sandboxes-jupyter')\ns.listen()\n"
+        "s.shutdown(socket.SHUT_RDWR)\nopen('/tmp/began', 'a').write('x')\n",
+    )
+    sandbox.commands.run("chmod +x /home/sandbox/.local/bin/python3", check=True)
+    with connect(sandbox) as connection:
+        wait_until(lambda: sandbox.files.exists("/tmp/began"))
+        with Sandbox.create("local-jupyter", network_policy="none") as other:
+            assert other.run_code("1 + 1").text == "2"
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert sandbox.run_code("1 + 1").text == "2"
+    assert len(sandbox.files.read("/tmp/began")) <= 3
+
+
+def test_nothing_begins_in_one_that_is_paused(sandbox: Sandbox) -> None:
+    sandbox.pause()
+    with connect(sandbox):
+        with Sandbox.create("local-jupyter", network_policy="none") as other:
+            assert other.run_code("1 + 1").text == "2"
+        sandbox.resume()
+        assert len(kernels(sandbox)) == 1

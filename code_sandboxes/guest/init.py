@@ -179,6 +179,7 @@ class Init:
         try:
             stop_all()
         except OSError as error:
+            signal_all(signal.SIGCONT)  # all or none
             self.fail(number, error)
         else:
             send(self.control, {"paused": number})

@@ -34,7 +34,18 @@ from code_sandboxes.transports.loop import Loop
 if TYPE_CHECKING:
     from code_sandboxes.isolation.plan import ContainerPlan
 
-__all__ = ["CONTAINERS", "GUEST", "HOST", "LABEL", "SHOWN", "SNAPSHOTS", "WORKING_DIR", "files_of", "make"]
+__all__ = [
+    "CONTAINERS",
+    "GUEST",
+    "HOST",
+    "LABEL",
+    "SHOWN",
+    "SNAPSHOTS",
+    "WORKING_DIR",
+    "files_of",
+    "make",
+    "release_image",
+]
 
 CONTAINERS = "containers"
 """The file in a sandbox's folder that names those that were made for it, one a line, after their engine."""
@@ -65,19 +76,15 @@ _MOST_FILES = 1_000_000
 # Processes that are not the code's: the first one.
 _OWN_PROCESSES = 1
 
-# What the image's own root needs to install packages: files of other users, and to be these.
-_CAPABILITIES_OF_ROOT = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID"]
+# What the image's own root needs to install packages: files of other users, to be these, and to end them.
+_CAPABILITIES_OF_ROOT = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID"]
 
 # Seconds between two looks whether it still runs.
 _LOOK = 0.25
 
 
 class _Container:
-    """A :class:`code_sandboxes.isolation.enclosure.Place`.
-
-    Args:
-        image: the number of the image, if it is a snapshot's.
-    """
+    """A :class:`code_sandboxes.isolation.enclosure.Place`."""
 
     def __init__(
         self,
@@ -87,7 +94,6 @@ class _Container:
         control: socket.socket,
         memory: cgroups.Cgroup | None,
         guard: Reaper,
-        image: str | None,
     ) -> None:
         self.environment = environment
         self.container: str | None = name
@@ -96,7 +102,6 @@ class _Container:
         self._control = control
         self._memory = memory
         self._guard = guard
-        self._image = image
 
     def kill(self) -> None:
         with contextlib.suppress(OSError):  # it has hung up itself
@@ -108,8 +113,6 @@ class _Container:
     def remove(self) -> None:
         self.kill()
         _remove(self._engine, self._name, self._guard)
-        if self._image is not None:  # its snapshot may have been deleted meanwhile
-            self._engine.remove_image_without_name(self._image)
         self._engine.close()
 
 
@@ -148,10 +151,21 @@ def make(loop: Loop, plan: Plan, sandbox_id: str, folder: Path, guard: Reaper) -
         _check_volumes(about, plan)
         proxy_listener = configure(control, plan, _configuration(plan), said)
         variables = _environment(about["Config"]["Env"], plan.container.home)
-        image = about["Image"] if plan.container.image.startswith(f"{SNAPSHOTS}:") else None
-        place = _Container(engine, name, variables, control, _memory_of(about, plan), guard, image)
+        place = _Container(engine, name, variables, control, _memory_of(about, plan), guard)
         undo.pop_all()
     return Enclosure(loop, plan, control, proxy_listener, place)
+
+
+def release_image(plan: Plan) -> None:
+    """No more containers are made for this plan: if its snapshot was deleted, the image can go; blocks.
+
+    Raises:
+        SandboxError: the engine does not answer.
+    """
+    assert plan.container is not None
+    if plan.container.image.startswith(f"{SNAPSHOTS}:"):
+        with contextlib.closing(Engine(plan.container.engine)) as engine:
+            engine.remove_retired(SNAPSHOTS)
 
 
 def _remove(engine: Engine, name: str, guard: Reaper) -> None:

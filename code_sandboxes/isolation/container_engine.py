@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError
-from code_sandboxes.isolation.engine import connect, told
+from code_sandboxes.isolation.engine import IMAGE, connect, told
 
 __all__ = ["Engine", "url_of"]
 
@@ -18,6 +18,15 @@ _PATIENCE = 30.0
 _LOOK = 0.02
 
 _KEPT_OUTPUT = 4096
+
+# Whether it is the standard image that is missing.
+_MENDS = {
+    True: "build it with `python -m code_sandboxes build-image`, or name another one with image=",
+    False: "pull or build it; the standard one is built with `python -m code_sandboxes build-image`",
+}
+
+# How the tags begin that say that an image goes with its last container.
+_RETIRED = "retired-"
 
 # By the URL of each engine that was asked; it does not change.
 _HAVE_FEW_USERS: dict[str, bool] = {}
@@ -98,8 +107,8 @@ class Engine:
                 answer = self._api.create_container_from_config(dict(config), name)
             except ImageNotFound:
                 raise SandboxConfigurationError(
-                    f"the container engine has no image {config['Image']!r}: build the standard one with"
-                    " `python -m code_sandboxes build-image`, or name another one with image="
+                    f"the container engine has no image {config['Image']!r}:"
+                    f" {_MENDS[config['Image'] == IMAGE]}"
                 ) from None
             except APIError as error:
                 if error.status_code != 400:
@@ -166,14 +175,6 @@ class Engine:
         except SandboxConnectionError:  # it is gone
             return False
 
-    def pause(self, number: str) -> None:
-        with told("pause a container"):
-            self._api.pause(number)
-
-    def resume(self, number: str) -> None:
-        with told("resume a container"):
-            self._api.unpause(number)
-
     def commit(self, name: str, image: str) -> None:
         """Make an image of a container as it is; what lies in memory is not in it.
 
@@ -184,33 +185,37 @@ class Engine:
         with told("make an image of a container"):
             self._api.commit(name, repository, tag)
 
-    def remove_image_without_name(self, number: str) -> None:
-        """Remove an image, if it has no name and no container.
+    def retire_image(self, name: str) -> None:
+        """Remove an image; if a container has it, it stays until :meth:`remove_retired` after that one's end.
 
         Raises:
             SandboxConnectionError: the engine does not answer.
         """
         from docker.errors import APIError, ImageNotFound
 
+        repository, _, tag = name.partition(":")
         with told("remove an image"), contextlib.suppress(ImageNotFound):
-            if self._api.inspect_image(number)["RepoTags"]:
-                return
             try:
-                self._api.remove_image(number)
+                self._api.remove_image(name)
             except APIError as error:
-                if error.status_code != 409:  # another container has it: that one's end is the image's, too
+                if error.status_code != 409:
                     raise
+                self._api.tag(name, repository, f"{_RETIRED}{tag}")
 
-    def remove_image(self, name: str) -> None:
-        """Remove that name; the image, too, if it has no other one, and no container.
+    def remove_retired(self, repository: str) -> None:
+        """Remove the images of that name that are not wanted any more, and have no container.
 
         Raises:
             SandboxConnectionError: the engine does not answer.
         """
         from docker.errors import ImageNotFound
 
-        with told("remove an image"), contextlib.suppress(ImageNotFound):
-            self._api.remove_image(name, force=True)
+        with told("remove images"):
+            for image in self._api.images(repository):
+                is_retired = any(f":{_RETIRED}" in name for name in image["RepoTags"] or ())
+                if is_retired and not self._api.containers(all=True, filters={"ancestor": image["Id"]}):
+                    with contextlib.suppress(ImageNotFound):  # by somebody else, just now
+                        self._api.remove_image(image["Id"], force=True)
 
     def remove(self, number: str) -> None:
         """End it and remove it, and wait until it is gone.

@@ -219,7 +219,7 @@ class Enclosure:
             EnclosureError: the enclosure is over.
         """
         number = next(self._questions)
-        self._ask(number, {"pause": number}, [])
+        self._ask(number, {"pause": number}, [], kill=False)
 
     def resume(self) -> None:
         """Let all processes in it go on; blocks, so not in the I/O thread.
@@ -228,7 +228,7 @@ class Enclosure:
             EnclosureError: the enclosure is over.
         """
         number = next(self._questions)
-        self._ask(number, {"resume": number}, [])
+        self._ask(number, {"resume": number}, [], kill=False)
 
     def connect(self, path: str, then: Callable[[int, OSError | None], None]) -> None:
         """Call *then* with a connection, as a descriptor, to a Unix socket of the sandbox, or with an error.
@@ -284,14 +284,17 @@ class Enclosure:
         self._waiting[number] = answered
         self._send({"connect": number, "path": path})
 
-    def _ask(self, number: int, message: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+    def _ask(
+        self, number: int, message: Mapping[str, Any], descriptors: Sequence[int], *, kill: bool = True
+    ) -> None:
         answer: queue.SimpleQueue[_Reply | None] = queue.SimpleQueue()
         self._waiting[number] = answer.put
         self._loop.call_soon(lambda: self._send(message, descriptors))
         try:
             reply = answer.get(timeout=PATIENCE)
         except queue.Empty:
-            self.kill()
+            if kill:
+                self.kill()
             raise EnclosureError(f"its first process did not answer within {PATIENCE:g} s") from None
         finally:
             self._waiting.pop(number, None)

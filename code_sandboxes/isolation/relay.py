@@ -8,9 +8,11 @@ import os
 import socket
 from collections.abc import Callable
 
-__all__ = ["Connect", "Relay"]
+__all__ = ["Connect", "Connected", "Relay"]
 
-Connect = Callable[[Callable[[int, "OSError | None"], None]], None]
+Connected = Callable[[int, "OSError | None"], None]
+
+Connect = Callable[[Connected], None]
 """Calls back, in any thread, with a new connection to the kernel, as a descriptor, or with an error."""
 
 # Seconds between two attempts to reach a kernel that does not listen yet, and until it is given up.

@@ -69,6 +69,7 @@ class Quarters:
         self._under_way = 0
         self._failure: Exception | None = None
         self._is_ending = False
+        self.is_paused = False  # all that is in it has been stopped
         self.home.mkdir(mode=0o700)
 
     @property
@@ -132,20 +133,41 @@ class Quarters:
 
     def pause(self, then: Callable[[None, Exception | None], None]) -> None:
         """Stop all processes in it, and call *then* when they have stopped, or with an error."""
-        self._of_the_enclosure(Enclosure.pause, then)
+        self._of_the_enclosure(Enclosure.pause, then, paused=True)
 
     def resume(self, then: Callable[[None, Exception | None], None]) -> None:
         """Let them go on."""
-        self._of_the_enclosure(Enclosure.resume, then)
+        self._of_the_enclosure(Enclosure.resume, then, paused=False)
 
     def _of_the_enclosure(
-        self, act: Callable[[Enclosure], None], then: Callable[[None, Exception | None], None]
+        self,
+        act: Callable[[Enclosure], None],
+        then: Callable[[None, Exception | None], None],
+        *,
+        paused: bool,
     ) -> None:
+        def done(_: None, error: Exception | None) -> None:
+            if error is None:
+                self.is_paused = paused
+            then(None, error)
+
         enclosure = self._enclosure
         if enclosure is None or enclosure.is_over:
-            then(None, None)  # there is nothing in it
+            done(None, None)  # there is nothing in it
         else:
-            self._host.loop.run_blocking(lambda: act(enclosure), then, apart=True)
+            self._host.loop.run_blocking(lambda: act(enclosure), done, apart=True)
+
+    def remove(self) -> None:
+        """Remove what is left of them, when they are empty; blocks.
+
+        Raises:
+            OSError: not all of it can be removed.
+        """
+        try:
+            if self._are_a_container:
+                container.release_image(self.plan)
+        finally:
+            remove_tree(str(self._folder))
 
     def network_log(self) -> list[dict[str, object]]:
         """What was tried to reach, as far as the proxy was asked."""
@@ -224,6 +246,7 @@ class Quarters:
         return enclosure
 
     def _use(self, enclosure: Enclosure) -> None:
+        self.is_paused = False
         self._under_way += 1  # until it is removed
         enclosure.watch(lambda: self._over(enclosure))
         if self._are_a_container:
@@ -245,6 +268,7 @@ class Quarters:
                 self._folder / _SERVER,
                 self._folder / SHOWN,
                 self._host.next_number,
+                lambda: not self.is_paused,
             )
         except OSError as error:  # too few descriptors: it can be used without
             _log.error("there is no socket for a Jupyter Server: %s", error)

@@ -185,7 +185,6 @@ class KeptSandbox:
         self._launching = 0
         self._ended: dict[int, _Kept] = {}  # what programs have not let go of yet
         self._detached = False
-        self._is_paused = False
         self._why_ending = ""
         self._removing = False
         self._waiting_for_end: list[Reply] = []
@@ -220,7 +219,7 @@ class KeptSandbox:
             "home": str(self._quarters.home),
             "programs": len(self._programs),
             "detached": self._detached,
-            "paused": self._is_paused,
+            "paused": self._quarters.is_paused,
             "kernels": len(self._running),
             "container": self._quarters.container,
             "jupyter_server": self._quarters.server_url,
@@ -237,7 +236,6 @@ class KeptSandbox:
             if error is not None:
                 reply({"error": {"kind": "connection", "text": f"not all of it stopped: {error}"}})
                 return
-            self._is_paused = on
             self._tell_others(program, {"event": "paused", "sandbox": self.id, "on": on})
             reply({})
 
@@ -570,7 +568,7 @@ class KeptSandbox:
                 if timer is not None:
                     timer.cancel()
             self._tell_others(by, {"event": "ending", "sandbox": self.id, "why": why})
-        orderly = orderly and not self._is_paused  # what is stopped does nothing in an orderly way
+        orderly = orderly and not self._quarters.is_paused  # what is stopped does nothing in an orderly way
         for kept in self._running.values():
             _SIGNALS["terminate" if orderly else "kill"](kept.kernel)
         if orderly:
@@ -592,9 +590,7 @@ class KeptSandbox:
         for kept in self._ended.values():
             kept.kernel.close()
         self._ended.clear()
-        self._loop.run_blocking(
-            lambda: remove_tree(str(self._folder)), lambda _, error: self._removed(error), apart=True
-        )
+        self._loop.run_blocking(self._quarters.remove, lambda _, error: self._removed(error), apart=True)
 
     def _removed(self, error: Exception | None) -> None:
         answer: dict[str, object] = {}

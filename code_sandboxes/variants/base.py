@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["Audience", "ContextSpec", "Record", "Variant"]
 
 
+# As many as there may be of variables (guest/namespace.py), where nothing else bounds them.
+_MOST_IN_A_SNAPSHOT = 16 * 1024**3
+
+
 @dataclass(frozen=True, slots=True)
 class ContextSpec:
     """A context as whoever starts its kernel must know it, in this program or in another one.
@@ -211,6 +215,11 @@ class Variant(ABC):
             SandboxConfigurationError: it cannot go on without this program.
         """
         raise self.refuse("detach", "the code runs in this process; use local-jupyter")
+
+    @property
+    def most_in_a_snapshot(self) -> tuple[int, int]:
+        """Bytes of its files, and of the variables of a context, that can be in a snapshot; may block."""
+        return _MOST_IN_A_SNAPSHOT, _MOST_IN_A_SNAPSHOT
 
     def begin_with(self, snapshot: Snapshot) -> None:
         """It is to be made for what that snapshot has; before :meth:`prepare`, may block.

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import closing
 
-from code_sandboxes.errors import SandboxError
 from code_sandboxes.info import SandboxVariant
 from code_sandboxes.isolation.container import SNAPSHOTS
 from code_sandboxes.isolation.container_engine import Engine
 from code_sandboxes.snapshots import FolderStore
 
 __all__ = ["ContainerStore", "image_of"]
-
-_log = logging.getLogger(__name__)
 
 
 def image_of(snapshot_id: str) -> str:
@@ -40,8 +36,6 @@ class ContainerStore(FolderStore):
             engine.commit(self._container(), image_of(id))
 
     def let_go(self, id: str) -> None:
-        try:
-            with closing(Engine(self._engine)) as engine:
-                engine.remove_image(image_of(id))
-        except SandboxError as error:  # its name is all that is left of it
-            _log.warning("the image %s was not removed: %s", image_of(id), error)
+        with closing(Engine(self._engine)) as engine:
+            engine.retire_image(image_of(id))
+            engine.remove_retired(SNAPSHOTS)  # what the sandboxes of killed keepers have left

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,11 +21,18 @@ from code_sandboxes.isolation.container_engine import Engine, url_of
 from code_sandboxes.isolation.engine import IMAGE
 from code_sandboxes.isolation.gpus import installed
 from code_sandboxes.isolation.plan import Bounds, ContainerPlan, Plan
+from code_sandboxes.isolation.system import is_below
 from code_sandboxes.variants.base import ContextSpec
 from code_sandboxes.variants.kept import Kept
 from code_sandboxes.variants.kernelspecs import IPYKERNEL_ARGUMENTS, LAUNCH
 from code_sandboxes.variants.launches import THROUGH_PROXY, check_variables, locale, own_packages
-from code_sandboxes.variants.mounts import Refuse, asked_mounts, check_keeper_is_hidden, check_start
+from code_sandboxes.variants.mounts import (
+    Refuse,
+    asked_mounts,
+    check_hidden,
+    check_keeper_is_hidden,
+    check_start,
+)
 from code_sandboxes.variants.plans import DISK, PIDS, bounds_of, network_of, told_bounds, told_mounts
 
 if TYPE_CHECKING:
@@ -32,6 +40,12 @@ if TYPE_CHECKING:
     from code_sandboxes.snapshots import Snapshot, Store
 
 __all__ = ["LocalDocker"]
+
+# Where the command ``docker`` looks, if nothing says otherwise.
+_ENGINE = "unix:///var/run/docker.sock"
+
+# Of our image, and of ours.
+_OWN_PLACES = ("/opt/sandbox", os.path.dirname(GUEST))
 
 _KERNEL = "python3"
 _LAUNCH = f"{GUEST}/{os.path.basename(LAUNCH)}"
@@ -82,6 +96,8 @@ class LocalDocker(Kept):
             raise self.refuse("run on this system", "it needs Linux, version 5.3 or newer")
         for option in ("docker_host", "image", "user"):
             check_str(option, options.get(option))
+            if options.get(option) == "":
+                raise self.refuse(f"honour {option}=''", "an empty name says nothing; leave it out")
         if config.environment is not None:
             raise self.refuse(
                 f"provide the environment {config.environment!r}", "it runs an image; choose with image="
@@ -108,8 +124,14 @@ class LocalDocker(Kept):
         options, config, user = self._options, self.config, str(self._options.get("user") or "")
         mounts = asked_mounts(options.get("mounts"), (), self.refuse)
         check_keeper_is_hidden(mounts, self.refuse)
+        engine = _engine_of(options, self.refuse)
+        check_hidden(mounts, engine.removeprefix("unix://"), "the container engine", self.refuse)
+        start = check_start(config.working_dir or WORKING_DIR, mounts, self.refuse)
+        for place in (start, *(mount.target for mount in mounts)):
+            if place == "/" or any(is_below(place, own) or is_below(own, place) for own in _OWN_PLACES):
+                raise self.refuse(f"use {place}", "the container has something of its own there")
         container = ContainerPlan(
-            engine=_engine_of(options, self.refuse),
+            engine=engine,
             image=self._image,
             user=user,
             as_caller=any(mount.writable for mount in mounts) and os.geteuid() != 0,
@@ -126,7 +148,7 @@ class LocalDocker(Kept):
             bounds_of(config, options, reasons, defaults, self.refuse),
             network_of(config, reasons, self.refuse),
             tuple(config.allowed_hosts) if config.network_policy == "allowlist" else (),
-            check_start(config.working_dir or WORKING_DIR, mounts, self.refuse),
+            start,
             first=INIT,
             container=container,
         )
@@ -136,7 +158,7 @@ class LocalDocker(Kept):
         if wanted is None:
             return ()
         gpus = installed()
-        chosen = [number for number, model in gpus.items() if wanted.lower() in model.lower()]
+        chosen = [number for number, model in gpus.items() if _is_named(wanted, model)]
         if not chosen:
             there = ", ".join(sorted(set(gpus.values()))) or "none"
             raise self.refuse(
@@ -184,6 +206,13 @@ class LocalDocker(Kept):
         }
 
 
+def _is_named(wanted: str, model: str) -> bool:
+    """Do the words of *wanted* follow each other in *model*? An A10 is no A100."""
+    words, of_model = wanted.lower().split(), re.split(r"[\s-]+", model.lower())
+    places = range(len(of_model) - len(words) + 1)
+    return bool(words) and any(of_model[i : i + len(words)] == words for i in places)
+
+
 def _engine_of(options: Mapping[str, object], refuse: Refuse) -> str:
     """The URL of the engine."""
     host, client = options.get("docker_host"), options.get("docker_client")
@@ -192,15 +221,16 @@ def _engine_of(options: Mapping[str, object], refuse: Refuse) -> str:
             raise refuse("honour docker_host and docker_client", "one of them says which engine it is")
         host = url_of(client)
     url = str(host or os.environ.get("DOCKER_HOST") or "")  # which the keeper may not have
-    if url and not url.startswith("unix://"):
-        raise refuse(
-            f"use the engine at {url}",
-            "its containers are handed sockets of this machine; name one that listens at unix:///path",
-        )
     if not url and _has_context():
         engine = Engine()
         url = engine.url
         engine.close()
+    url = url or _ENGINE
+    if not url.startswith("unix://"):
+        raise refuse(
+            f"use the engine at {url}",
+            "its containers are handed sockets of this machine; name one that listens at unix:///path",
+        )
     return url
 
 

@@ -125,6 +125,13 @@ class Kept(Variant):
         """Where code is at home, if it has nothing of its own."""
         return str(self._about_it.get("home", ""))
 
+    @property
+    def most_in_a_snapshot(self) -> tuple[int, int]:
+        files, variables = super().most_in_a_snapshot
+        disk, memory = self.plan.bounds.disk, self.plan.bounds.memory
+        # An archive, and a pickle, have more to say than there is.
+        return min(files, 2 * disk if disk else files), min(variables, 2 * memory if memory else variables)
+
     def _described(self) -> Answer:
         """What the keeper says of it now; may block."""
         return self._ask("open")

@@ -15,7 +15,7 @@ from code_sandboxes.isolation.plan import Mount
 from code_sandboxes.isolation.system import SYSTEM, is_below
 from code_sandboxes.variants.folders import runtime_root
 
-__all__ = ["Refuse", "asked_mounts", "check_keeper_is_hidden", "check_start"]
+__all__ = ["Refuse", "asked_mounts", "check_hidden", "check_keeper_is_hidden", "check_start"]
 
 Refuse = Callable[[str, str], SandboxConfigurationError]
 """The error for what cannot be done, and why."""
@@ -76,6 +76,22 @@ def check_keeper_is_hidden(mounts: Sequence[Mount], refuse: Refuse) -> None:
                 f"show {source} to a sandbox",
                 f"the runtime folder {root} would be seen with it, from which all sandboxes are governed;"
                 " mount something else, or set CODE_SANDBOXES_RUNTIME_DIR to another folder",
+            )
+
+
+def check_hidden(mounts: Sequence[Mount], path: str, whose: str, refuse: Refuse) -> None:
+    """
+    Raises:
+        SandboxConfigurationError: the sandbox would see a socket through which it could govern this machine.
+    """
+    if not os.path.exists(path):
+        return
+    above = set(_upwards(os.path.realpath(path)))
+    for mount in mounts:
+        if _identity(mount.source) in above:
+            raise refuse(
+                f"show {mount.source} to a sandbox",
+                f"the socket {path} of {whose} would be seen with it; who may use it is as mighty as root",
             )
 
 
