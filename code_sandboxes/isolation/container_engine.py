@@ -22,7 +22,7 @@ _KEPT_OUTPUT = 4096
 # Whether it is the standard image that is missing.
 _MENDS = {
     True: "build it with `python -m code_sandboxes build-image`, or name another one with image=",
-    False: "pull or build it; the standard one is built with `python -m code_sandboxes build-image`",
+    False: "pull it, or build the standard one with `python -m code_sandboxes build-image`",
 }
 
 # How the tags begin that say that an image goes with its last container.
