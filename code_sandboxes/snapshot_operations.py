@@ -256,10 +256,14 @@ class Restoring:
         snapshot = self._snapshot
         assert snapshot is not None
         self._not_restored = {}
-        with _explained(f"the snapshot {self._name!r} could not be restored"):
-            yield from self._restore_files(core.guest(), snapshot)
-            for context in snapshot.contexts:
-                yield from self._restore_context(core, snapshot, context)
+        what = f"the snapshot {self._name!r} could not be restored"
+        with _explained(what):
+            try:
+                yield from self._restore_files(core.guest(), snapshot)
+                for context in snapshot.contexts:
+                    yield from self._restore_context(core, snapshot, context)
+            except SandboxConnectionError as error:  # something in it ends the kernel, say
+                raise SandboxSnapshotError(f"{what}: {error}") from error
         core.metadata |= {"snapshot": snapshot.info.name, "not_restored": self._not_restored}
         self._warn()
 
@@ -371,7 +375,7 @@ def _explained(what: str) -> Iterator[None]:
     """Whatever goes wrong with files, here or there, is about this."""
     try:
         yield
-    except (SandboxConnectionError, SandboxExecutionError) as error:
+    except SandboxExecutionError as error:
         raise SandboxSnapshotError(f"{what}: {error}") from error
     except SandboxError:
         raise
