@@ -692,6 +692,17 @@ def test_a_sandbox_ends_in_time_although_nobody_is_attached(
 # Whatever fails
 
 
+def test_root_pauses_and_ends_what_it_has_started_as_somebody_else() -> None:
+    code = "import os, time; os.setuid(1234); print('on', flush=True); time.sleep(600)"
+    with create(user="root") as sandbox:
+        process = sandbox.commands.exec("python3", "-c", code)
+        assert next(iter(process.stdout)) == "on\n"
+        sandbox.pause()
+        sandbox.resume()
+        process.kill()
+        assert process.wait(30) == -9
+
+
 def test_ten_at_once_do_not_mix(engine: Any, runtime_folder: Path) -> None:
     before = kept_in(engine, runtime_folder)
 

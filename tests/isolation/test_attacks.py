@@ -579,7 +579,9 @@ OF_ROOT = [
     Attack("4", "leave something where the host looks", "write(os.path.dirname(GUEST) + '/host/x')", "EROFS"),
     Attack("8", "a node of a device in /dev", "os.mknod('/dev/disk', 0o60600, os.makedev(254, 0))", "EPERM"),
     Attack("10", "descriptors of folders and files that were left open", "left_open()", "[]"),
-    Attack("11", "capabilities but for files, users and signals", "capabilities() - {0, 1, 3, 5, 6, 7}", "set()"),
+    Attack(
+        "11", "capabilities but for files, users and signals", "capabilities() - {0, 1, 3, 5, 6, 7}", "set()"
+    ),
     Attack(
         "11",
         "capabilities of a file",
