@@ -3,7 +3,8 @@
 A test that asks for ``sandbox`` runs once for each variant that ``--variant`` names (all by default) and that
 can do what the test needs, and in a module that says ``EVERY_FRONT = True`` through each front. In a module
 that says ``FAST_VARIANT = "..."`` the other variants are for the whole suite only. In one that says
-``ISOLATED = True`` sandboxes are isolated where this machine can do that. One that cannot run here is skipped
+``ISOLATED = True`` sandboxes are isolated where this machine can do that. One that says
+``IN_A_CONTAINER = True`` is run on local-docker, too, through one front. What cannot run here is skipped
 with its reason, and all reasons are told again at the end.
 """
 
@@ -102,7 +103,8 @@ def _can_run(item: pytest.Item) -> bool:
     if callspec.params["variant"] == SandboxVariant.LOCAL_DOCKER:
         # To the fronts it is the same as local-jupyter, by way of the same keeper.
         is_left_out = (
-            callspec.params.get("front", FRONTS[0]) != FRONTS[0]
+            not getattr(getattr(item, "module", None), "IN_A_CONTAINER", False)
+            or callspec.params.get("front", FRONTS[0]) != FRONTS[0]
             or item.get_closest_marker("not_in_a_container") is not None
             or any(name.startswith("languages.") for name in needed)
         )

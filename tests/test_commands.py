@@ -37,6 +37,9 @@ from code_sandboxes.processes import PIECE, RING, WINDOW, Process, end_of, outpu
 from code_sandboxes.steps import Operation
 from conftest import BUSY, UNISOLATED, MakeSandbox, wait_until
 
+IN_A_CONTAINER = True
+
+
 ISOLATED = True
 FAST_VARIANT = "local-jupyter"
 EVERY_FRONT = ("blocking", "async")

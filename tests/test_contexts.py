@@ -12,6 +12,9 @@ import pytest
 from code_sandboxes import Context, ContextNotFoundError, Sandbox, SandboxConnectionError
 from conftest import BUSY, MakeSandbox
 
+IN_A_CONTAINER = True
+
+
 ISOLATED = True
 EVERY_FRONT = ("blocking", "async")
 

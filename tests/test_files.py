@@ -27,6 +27,8 @@ from code_sandboxes.guest import files as guest_files, watching as guest_watchin
 from conftest import BUSY, open_descriptors, wait_until
 from tests.test_keeper import mounted_tmpfs
 
+IN_A_CONTAINER = True
+
 FAST_VARIANT = "local-jupyter"
 EVERY_FRONT = ("blocking", "async")
 
@@ -175,6 +177,7 @@ def test_a_write_that_fails_leaves_the_old_file(shared_sandbox: Sandbox, folder:
     assert path.read_text() == "old"
 
 
+@pytest.mark.not_in_a_container("it does not see what is mounted later")
 @is_root
 @pytest.mark.parametrize("size", [2 * MIB, 20 * MIB], ids=["small", "big"])
 def test_a_full_disk_leaves_the_old_file(shared_sandbox: Sandbox, tmp_path: Path, size: int) -> None:
@@ -316,6 +319,7 @@ def test_errors_are_those_of_python_with_number_and_path(shared_sandbox: Sandbox
     assert sorted(os.listdir(folder)) == ["dangling", "fifo", "file", "loop"]
 
 
+@pytest.mark.not_in_a_container("root, as who the test is there, may do it")
 @is_root
 @pytest.mark.slow
 @pytest.mark.needs("own_process")

@@ -31,6 +31,8 @@ from code_sandboxes import (
 from conftest import BUSY, UNISOLATED, MakeSandbox, processes_of, sandbox_folders, wait_until
 from tests.fronts import create
 
+IN_A_CONTAINER = True
+
 
 def test_create_gives_a_running_sandbox_that_tells_about_itself(make_sandbox: MakeSandbox) -> None:
     before = time.time()

@@ -13,6 +13,9 @@ from code_sandboxes import ContextNotFoundError, Sandbox, SandboxConfig
 from code_sandboxes.keeper import client
 from conftest import open_descriptors, sandbox_folders, wait_until
 
+IN_A_CONTAINER = True
+
+
 KERNELS = r"bash, .*python, python3"
 REFUSED = "SandboxConfigurationError"
 HERE = "the code runs in this process, with all that this process may do; use local-jupyter"

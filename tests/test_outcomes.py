@@ -22,6 +22,9 @@ from code_sandboxes import (
 )
 from conftest import BUSY, BUSY_OR_WAITING, MakeSandbox, wait_until
 
+IN_A_CONTAINER = True
+
+
 ISOLATED = True
 EVERY_FRONT = True
 FAST_VARIANT = "local-jupyter"

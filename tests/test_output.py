@@ -16,6 +16,9 @@ from code_sandboxes import (
 )
 from conftest import BUSY, MakeSandbox
 
+IN_A_CONTAINER = True
+
+
 ISOLATED = True
 EVERY_FRONT = True
 FAST_VARIANT = "local-jupyter"

@@ -18,6 +18,8 @@ from code_sandboxes import (
 )
 from conftest import MakeSandbox, wait_until
 
+IN_A_CONTAINER = True
+
 ISOLATED = True
 EVERY_FRONT = ("blocking", "async")
 

@@ -20,6 +20,9 @@ from conftest import UNISOLATED, wait_until
 from tests.test_files import errors_of, is_root
 from tests.test_keeper import mounted_tmpfs
 
+IN_A_CONTAINER = True
+
+
 FAST_VARIANT = "local-jupyter"
 EVERY_FRONT = ("blocking", "async")
 
@@ -473,6 +476,7 @@ def test_a_local_folder_is_looked_at_parents_first(here: Path) -> None:
 # Giving up.
 
 
+@pytest.mark.not_in_a_container("it has other folders")
 @pytest.mark.slow
 def test_a_transfer_that_is_cancelled_leaves_nothing_on_either_side(
     variant: str, here: Path, there: Path
