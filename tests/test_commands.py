@@ -322,6 +322,7 @@ def test_100_mb_are_whole(commands: SandboxCommands) -> None:
     assert not result.truncated
 
 
+@pytest.mark.not_in_a_container("it is made without isolation here")
 @pytest.mark.slow
 @pytest.mark.needs("own_process")
 def test_more_than_is_kept_says_so(variant: str) -> None:
@@ -436,6 +437,7 @@ def test_a_loop_that_was_left_in_its_middle_makes_nobody_wait(commands: SandboxC
     assert not process.truncated
 
 
+@pytest.mark.not_in_a_container("it does not see the folder")
 @pytest.mark.slow
 @pytest.mark.parametrize("unread", [0, 10_000_000])
 def test_a_slow_reader_holds_a_few_mib_and_makes_the_command_wait(
