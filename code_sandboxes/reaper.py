@@ -105,7 +105,7 @@ class Reaper:
             self._tell()
 
     def guard_container(self, engine: str, name: str) -> None:
-        """Containers end by themselves with the program, but for those that are paused."""
+        """Containers end by themselves with the program, but for those that somebody has frozen."""
         with self._lock:
             self._containers.add((engine, name))
             self._tell()
