@@ -170,7 +170,7 @@ def test_a_detached_sandbox_is_found_by_another_program_with_all_that_is_in_it(
         print(found.id, found.name, found.tags, found.status, found.config.timeout, found.metadata)
     """) == (
         f"{sandbox_id} mine {{'job': '1', 'step': 'a'}} running 7.0"
-        " {'programs': 0, 'detached': True, 'kernels': 2}"
+        " {'programs': 0, 'detached': True, 'paused': False, 'kernels': 2}"
     )
     assert finder.tell(f"""
         sandbox = Sandbox.from_id({sandbox_id!r})

@@ -85,6 +85,30 @@ def test_bytes_written_to_the_descriptor_itself_are_output_too(shared_sandbox: S
     assert sorted(result.stdout.splitlines()) == ["text", "\ufffd"]
 
 
+@pytest.mark.needs("own_process")
+def test_characters_written_to_the_descriptor_in_pieces_stay_whole(shared_sandbox: Sandbox) -> None:
+    result = shared_sandbox.run_code(
+        "import os, time\n"
+        "data = ('\u20ac' * 20_000).encode()\n"
+        "for start in range(0, len(data), 10_000): os.write(1, data[start:start + 10_000])\n"
+        "time.sleep(0.05); os.write(1, data[:2]); time.sleep(0.05); os.write(1, data[2:3])"
+    )
+
+    assert result.stdout == "\u20ac" * 20_001
+
+
+@pytest.mark.needs("own_process")
+def test_bytes_written_to_the_descriptor_last_are_output_of_the_run(shared_sandbox: Sandbox) -> None:
+    # Keeping the interpreter's lock keeps any other thread from reading before the cell ends.
+    code = "import sys, os; sys.setswitchinterval(100)\nfor _ in range(1): os.write(1, b'late\\n')"
+    try:
+        outputs = [shared_sandbox.run_code(code).stdout for _ in range(50)]
+    finally:
+        shared_sandbox.run_code("sys.setswitchinterval(0.005)")
+
+    assert outputs == ["late"] * 50
+
+
 def test_output_of_a_thread_is_output_of_the_run(shared_sandbox: Sandbox) -> None:
     result = shared_sandbox.run_code(
         "import threading\nt = threading.Thread(target=lambda: print('thread')); t.start(); t.join()"
@@ -167,7 +191,7 @@ def test_50_000_displays_reach_a_slow_callback_without_a_loss(shared_sandbox: Sa
         timeout=0,
     )
 
-    assert result.stdout == "done"
+    assert (result.success, result.stdout) == (True, "done"), (result.error, len(seen))
     assert seen == [str(i) for i in range(50_000)]
     assert len(result.results) == 50_000
 

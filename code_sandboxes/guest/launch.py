@@ -87,6 +87,8 @@ def publish_sooner(record: Callable[[int, str], None] | None) -> None:
     if all(hasattr(OutStream, name) for name in ("flush", "_flush", "write", "_schedule_flush")):
         skip_empty_flushes(OutStream)
         write_faster(OutStream, record)
+        if all(hasattr(OutStream, name) for name in ("_watch_pipe_fd", "_setup_stream_redirects")):
+            take_before_flushing(OutStream)
         if hasattr(OutStream, "_flush_buffers"):
             publish_in_pieces(OutStream)
         if record is not None and hasattr(IOPubThread, "_handle_pipe_msg"):
@@ -145,6 +147,53 @@ def write_faster(out_stream: Any, record: Callable[[int, str], None] | None) -> 
 
     original = out_stream.write
     out_stream.write = write
+
+
+def take_before_flushing(out_stream: Any) -> None:
+    """Let ``flush()`` publish, too, what was written to the descriptor itself, by whatever process.
+
+    It comes through a pipe that a thread reads. A cell can end before that thread has had its turn, and what
+    is published later belongs to no run. So whoever flushes takes what is in the pipe; the thread only
+    sees to it that nothing stays there, and that a character may come in two pieces.
+    """
+    import codecs
+    import fcntl
+    import select
+    from termios import FIONREAD
+
+    set_up, flush = out_stream._setup_stream_redirects, out_stream.flush
+
+    def set_up_to_take(self: Any, name: str) -> None:
+        self._taking = threading.Lock()
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        set_up(self, name)
+
+    def take(self: Any) -> None:
+        with self._taking:
+            waiting = int.from_bytes(fcntl.ioctl(self._fid, FIONREAD, bytes(4)), sys.byteorder)
+            if not waiting:
+                return
+            data = os.read(self._fid, waiting)
+            self.write(self._decode(data))
+        os.write(self._original_stdstream_copy, data)
+
+    def watch(self: Any) -> None:
+        poll = select.poll()
+        poll.register(self._fid, select.POLLIN)
+        try:
+            while self._should_watch and poll.poll()[0][1] & select.POLLIN:
+                take(self)
+        except Exception:
+            self._exc = sys.exc_info()  # as the original does: close() tells it
+
+    def take_and_flush(self: Any) -> None:
+        if self._fid is not None and os.getpid() == self._master_pid:
+            with contextlib.suppress(OSError):  # of code that closes descriptors that are not its own
+                take(self)
+        flush(self)
+
+    out_stream._setup_stream_redirects, out_stream._watch_pipe_fd = set_up_to_take, watch
+    out_stream.flush = take_and_flush
 
 
 def publish_in_pieces(out_stream: Any) -> None:
