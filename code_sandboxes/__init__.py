@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from code_sandboxes.errors import (
     ContextNotFoundError,
+    SandboxAuthenticationError,
     SandboxConfigurationError,
     SandboxConnectionError,
     SandboxError,
@@ -12,6 +13,8 @@ from code_sandboxes.errors import (
     SandboxIsolationWarning,
     SandboxNotFoundError,
     SandboxNotStartedError,
+    SandboxQuotaExceededError,
+    SandboxResourceError,
     SandboxSerializationError,
     SandboxSnapshotError,
     SandboxSnapshotWarning,
@@ -43,6 +46,7 @@ from code_sandboxes.results import (
 )
 from code_sandboxes.sandbox import (
     CodeStream,
+    JupyterGatewaySandbox,
     LocalDockerSandbox,
     LocalEvalSandbox,
     LocalJupyterSandbox,
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from code_sandboxes.async_files import AsyncFileWatcher, AsyncSandboxFileHandle, AsyncSandboxFilesystem
     from code_sandboxes.async_sandbox import (
         AsyncCodeStream,
+        AsyncJupyterGatewaySandbox,
         AsyncLocalDockerSandbox,
         AsyncLocalEvalSandbox,
         AsyncLocalJupyterSandbox,
@@ -69,6 +74,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncCodeStream",
     "AsyncFileWatcher",
+    "AsyncJupyterGatewaySandbox",
     "AsyncLocalDockerSandbox",
     "AsyncLocalEvalSandbox",
     "AsyncLocalJupyterSandbox",
@@ -95,6 +101,7 @@ __all__ = [
     "FileWatchEventType",
     "FileWatcher",
     "InputRequest",
+    "JupyterGatewaySandbox",
     "LocalDockerSandbox",
     "LocalEvalSandbox",
     "LocalJupyterSandbox",
@@ -109,6 +116,7 @@ __all__ = [
     "ResourceConfig",
     "Result",
     "Sandbox",
+    "SandboxAuthenticationError",
     "SandboxCommands",
     "SandboxConfig",
     "SandboxConfigurationError",
@@ -122,6 +130,8 @@ __all__ = [
     "SandboxNotFoundError",
     "SandboxNotStartedError",
     "SandboxPool",
+    "SandboxQuotaExceededError",
+    "SandboxResourceError",
     "SandboxSerializationError",
     "SandboxSnapshotError",
     "SandboxSnapshotWarning",
@@ -144,6 +154,7 @@ _ON_USE = {
     "async_commands": ("AsyncProcessHandle", "AsyncProcessLines", "AsyncSandboxCommands"),
     "async_sandbox": (
         "AsyncCodeStream",
+        "AsyncJupyterGatewaySandbox",
         "AsyncLocalDockerSandbox",
         "AsyncLocalEvalSandbox",
         "AsyncLocalJupyterSandbox",

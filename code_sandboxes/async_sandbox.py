@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncCodeStream",
+    "AsyncJupyterGatewaySandbox",
     "AsyncLocalDockerSandbox",
     "AsyncLocalEvalSandbox",
     "AsyncLocalJupyterSandbox",
@@ -337,8 +338,20 @@ class AsyncLocalDockerSandbox(AsyncSandbox):
     _variant = SandboxVariant.LOCAL_DOCKER
 
 
+class AsyncJupyterGatewaySandbox(AsyncSandbox):
+    """Kernels of any Jupyter server."""
+
+    _variant = SandboxVariant.JUPYTER_GATEWAY
+
+
 _CLASSES = {
-    each._variant: each for each in (AsyncLocalDockerSandbox, AsyncLocalEvalSandbox, AsyncLocalJupyterSandbox)
+    each._variant: each
+    for each in (
+        AsyncJupyterGatewaySandbox,
+        AsyncLocalDockerSandbox,
+        AsyncLocalEvalSandbox,
+        AsyncLocalJupyterSandbox,
+    )
 }
 
 

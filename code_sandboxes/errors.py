@@ -7,6 +7,9 @@
      +-- SandboxNotStartedError      (RuntimeError)     used before start() or after the end
      +-- SandboxNotFoundError        (LookupError)      no sandbox of that id
      +-- SandboxConnectionError      (ConnectionError)  a kernel could not be started, or was lost
+     +-- SandboxAuthenticationError  (PermissionError)  a server does not take the token, or wants one
+     +-- SandboxQuotaExceededError   (RuntimeError)     there are as many as there may be, or no credits
+     +-- SandboxResourceError        (RuntimeError)     what was asked for is not there, or is not what came
      +-- SandboxTimeoutError         (TimeoutError)     a run took longer than its timeout, or a pool had none
      +-- SandboxExecutionError       (RuntimeError)     the code of a run failed
      +-- SandboxSnapshotError        (RuntimeError)     a snapshot cannot be made or restored, or is not there
@@ -15,7 +18,8 @@
      +-- SandboxSerializationError   (TypeError)        a value cannot go into a sandbox, or come out of it
 
 Code that fails inside a sandbox raises nothing: its error is a value, ``result.error``;
-``result.raise_for_status()`` makes it one of the three in the middle, with the result attached.
+``result.raise_for_status()`` makes it one of SandboxConnectionError, SandboxTimeoutError and
+SandboxExecutionError, with the result attached.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ContextNotFoundError",
+    "SandboxAuthenticationError",
     "SandboxConfigurationError",
     "SandboxConnectionError",
     "SandboxError",
@@ -36,6 +41,8 @@ __all__ = [
     "SandboxIsolationWarning",
     "SandboxNotFoundError",
     "SandboxNotStartedError",
+    "SandboxQuotaExceededError",
+    "SandboxResourceError",
     "SandboxSerializationError",
     "SandboxSnapshotError",
     "SandboxSnapshotWarning",
@@ -70,6 +77,18 @@ class _RunError(SandboxError):
 
 class SandboxConnectionError(_RunError, ConnectionError):
     """A kernel could not be started or reached, or died; *result* is set where a run was cut short."""
+
+
+class SandboxAuthenticationError(SandboxError, PermissionError):
+    """A server does not know the token that it was given, wants one, or does not allow that to it."""
+
+
+class SandboxQuotaExceededError(SandboxError, RuntimeError):
+    """There are as many sandboxes, servers or kernels as this user may have, or no credits are left."""
+
+
+class SandboxResourceError(SandboxError, RuntimeError):
+    """What was asked for is not to be had now, or what came is something else."""
 
 
 class SandboxTimeoutError(_RunError, TimeoutError):

@@ -221,6 +221,10 @@ def variant_class(variant: SandboxVariant) -> type[Variant]:
         from code_sandboxes.variants.docker import LocalDocker
 
         return LocalDocker
+    if variant is SandboxVariant.JUPYTER_GATEWAY:
+        from code_sandboxes.variants.gateway import JupyterGateway
+
+        return JupyterGateway
     from code_sandboxes.variants.jupyter import LocalJupyter
 
     return LocalJupyter

@@ -1,4 +1,4 @@
-"""The request that brings the guest into a Python kernel that was started without it."""
+"""The requests that bring the guest into a Python kernel that was started without it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from functools import cache
 
 from code_sandboxes import guest
 from code_sandboxes.guest.apart import PARTS
-from code_sandboxes.guest.comms import TARGET
+from code_sandboxes.guest.comms import FEATURE, TARGET
+from code_sandboxes.kernel_process import Prologue
 from code_sandboxes.protocol.messages import execute_content
 
-__all__ = ["boot_content", "boot_metadata"]
+__all__ = ["boot_content", "boot_metadata", "prologue"]
 
 # The sources travel in the metadata: IPython looks at code several times before it runs it. And this code is
 # one expression without a name in it, since any name may mean something else by now.
 _BUILTINS = "(0 for _ in ()).gi_frame.f_builtins"
 _METADATA = f"{_BUILTINS}['__import__']('IPython').get_ipython().kernel.get_parent()['metadata']['{TARGET}']"
-_CODE = f"{_BUILTINS}['exec']({_METADATA}['boot'], {{'sources': {_METADATA}['sources']}})"
+_CODE = f"{_BUILTINS}['exec']({_METADATA}['boot'], {{'given': {_METADATA}}})"
 
 
 def boot_content() -> dict[str, object]:
@@ -29,10 +30,28 @@ def boot_content() -> dict[str, object]:
 @cache
 def boot_metadata() -> Mapping[str, object]:
     """Its metadata: the sources of the guest."""
-    sources = {name: _source(name) for name in PARTS}
-    return {TARGET: {"boot": _source("apart") + "\nboot(sources)\n", "sources": sources}}
+    return {TARGET: {"boot": _source("apart") + "\nboot(given['sources'])\n", "sources": _sources()}}
 
 
+def prologue(env: Mapping[str, str], cwd: str | None) -> Prologue:
+    """What brings the guest, and much else that a kernel of ours has from its start, into a new one.
+
+    Args:
+        env: more environment variables.
+        cwd: where its code begins; None for where it is.
+    """
+    sources = {**_sources(), "launch": _source("launch")}
+    boot = _source("apart") + "\nset_up(given)\n"
+    given = {"boot": boot, "sources": sources, "env": list(env.items()), "cwd": cwd}
+    return Prologue(boot_content(), {TARGET: given}, (FEATURE,))
+
+
+@cache
+def _sources() -> Mapping[str, str]:
+    return {name: _source(name) for name in PARTS}
+
+
+@cache
 def _source(name: str) -> str:
     path = os.path.join(os.path.dirname(guest.__file__), name + ".py")
     with open(path, encoding="utf-8") as file:

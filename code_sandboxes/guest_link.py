@@ -23,6 +23,7 @@ from code_sandboxes.inbox import Inbox
 from code_sandboxes.kernel_process import KernelInfo
 from code_sandboxes.protocol.events import CommClosed, CommMessage, Event, Idle, Replied, failure, json_size
 from code_sandboxes.protocol.messages import Message, Session
+from code_sandboxes.transports.errors import MessageTooLargeError
 from code_sandboxes.transports.loop import Loop, Timer
 
 __all__ = ["Answered", "Channel", "ChannelEnded", "GuestCall", "GuestLink", "Refused", "Told"]
@@ -346,15 +347,20 @@ class GuestLink:
             self._stay_alive()
         call.conversation = self._conversation
         self._calls[call.number] = call
-        self._carriers[self._tell(message, call.buffers)] = call
+        try:
+            self._carriers[self._tell(message, call.buffers)] = call
+        except MessageTooLargeError as error:
+            del self._calls[call.number]
+            self._channels.pop(call.number, None)
+            self._refuse(call, error)
 
     def _tell(self, data: Mapping[str, object], buffers: Buffers = ()) -> str:
         content = {"comm_id": self._comm_id, "data": data}
         request = self._session.message(
             "shell", "comm_msg", content, buffers=buffers, subshell_id=self._subshell_id
         )
-        self._carriers[request.msg_id] = None
         self._send(request, expect=True)
+        self._carriers[request.msg_id] = None
         return request.msg_id
 
     def _stay_alive(self) -> None:

@@ -29,6 +29,7 @@ class SandboxVariant(Text):
     LOCAL_EVAL = "local-eval"
     LOCAL_JUPYTER = "local-jupyter"
     LOCAL_DOCKER = "local-docker"
+    JUPYTER_GATEWAY = "jupyter-gateway"
 
 
 class SandboxStatus(Text):

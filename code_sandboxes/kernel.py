@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
 
@@ -22,7 +22,13 @@ from code_sandboxes.errors import SandboxConnectionError, SandboxError, SandboxN
 from code_sandboxes.guest.comms import FEATURE
 from code_sandboxes.guest_link import Channel, GuestCall, GuestLink, Refused
 from code_sandboxes.inbox import Inbox
-from code_sandboxes.kernel_process import KernelInfo, KernelProcess, Limits, Transport
+from code_sandboxes.kernel_process import (
+    KernelInfo,
+    KernelProcess,
+    Limits,
+    MessageTooLargeError,
+    Transport,
+)
 from code_sandboxes.protocol.events import (
     ConnectionLost,
     Died,
@@ -41,6 +47,7 @@ from code_sandboxes.protocol.events import (
     Terminated,
     TimedOut,
     Welcomed,
+    failure,
 )
 from code_sandboxes.protocol.messages import Channel as MessageChannel, Message, Session
 from code_sandboxes.protocol.outputs import Displays, Outputs
@@ -137,7 +144,8 @@ class Kernel:
         self._waiting_for_start: list[Inbox] = []
         self._waiting_for_end: list[Inbox] = []
         self._handshake_ids: set[str] = set()
-        self._heard_iopub = self._welcomed = False
+        self._prologue_id = ""
+        self._heard_iopub = self._welcomed = self._is_set_up = False
         self._start_timer: Timer | None = None
         self._last_message = 0.0
         self._restarting = self._dying = self._reconnecting = self._loss_told = self._is_held = False
@@ -284,27 +292,29 @@ class Kernel:
                 self._last_message = time.monotonic()
                 self._connect()
         except Exception as reason:  # too few descriptors, mostly: there is no kernel then
-            self._give_up_start(process, reason)
+            self._give_up_start(process, f"it could not be reached: {reason}")
 
-    def _give_up_start(self, process: KernelProcess, reason: Exception) -> None:
+    def _give_up_start(self, process: KernelProcess, sentence: str) -> None:
         _cancel(self._start_timer)
         self._close_transport()
         self._process = None
         process.kill()
         self._release(process)
-        self._fail_to_start(SandboxConnectionError(f"{self._name} could not be reached: {reason}"))
+        self._fail_to_start(SandboxConnectionError(f"{self._name} could not be started: {sentence}"))
 
     def _connect(self) -> None:
         assert self._process is not None
         self._session = _new_session()
-        self._router = Router(self._session)
-        self._heard_iopub = self._welcomed = self._others_run = False
+        known = None if self._process.is_fresh else self._router.kernel_session
+        self._router = Router(self._session, known)
+        self._heard_iopub = self._welcomed = self._others_run = self._is_set_up = False
         self._handshake_ids.clear()
+        self._prologue_id = ""
         self.info = None
         self._transport = self._process.transport(
             self._loop, self._session.session_id, self._receive, self._limits.max_message
         )
-        self._transport.lost = self._lost
+        self._transport.lost, self._transport.cut = self._lost, self._was_cut
         self._transport.open()
         self._shake_hands()
 
@@ -336,9 +346,11 @@ class Kernel:
     def _ready_if_complete(self) -> None:
         if self._state is not _State.STARTING or self.info is None or not self._heard_iopub:
             return
+        assert self._process is not None
+        if not self._is_set_up and not self._set_up(self._process, self.info):
+            return
         self._state = _State.READY
         self._reconnecting = False
-        assert self._process is not None
         # What was printed before there was a subscription is nobody's.
         self._router.published = self._process.written()
         _cancel(self._start_timer)
@@ -350,6 +362,33 @@ class Kernel:
         for call in self._take_calls():
             self._link.call(call)
         self._advance()
+
+    def _set_up(self, process: KernelProcess, info: KernelInfo) -> bool:
+        """Send what comes before all else; False if that has to be done first."""
+        prologue = process.prologue
+        if prologue is None or set(prologue.features) <= set(info.supported_features):
+            self._is_set_up = True
+        if prologue is None or self._is_set_up or self._prologue_id:
+            return self._is_set_up
+        self._is_set_up = not process.is_fresh
+        request = self._session.message(
+            "shell", "execute_request", prologue.content, metadata=prologue.metadata
+        )
+        self._prologue_id = request.msg_id
+        self._send(request, expect=True)
+        # In one that others have used it is done when its turn comes, which is before ours.
+        self.info = replace(info, supported_features=(*info.supported_features, *prologue.features))
+        return self._is_set_up
+
+    def _told_of_prologue(self, event: Event) -> None:
+        if not isinstance(event, Replied) or self._is_set_up:
+            return
+        if event.status == "ok":
+            self._is_set_up = True
+            self._ready_if_complete()
+        elif self._process is not None:
+            why = failure(event.content)
+            self._give_up_start(self._process, f"it could not be set up: {why.name}: {why.value}")
 
     def _start_took_too_long(self) -> None:
         if self._state is _State.STARTING and self._process is not None:
@@ -453,9 +492,14 @@ class Kernel:
             run.lost_state = True
         request = self._session.message("shell", "execute_request", run.content, metadata=run.metadata)
         run.msg_id = request.msg_id
+        try:
+            self._send(request, expect=True)
+        except MessageTooLargeError as error:
+            self._finish(run, NotRun(f"not run: the code is too long: {error}"))
+            self._advance()
+            return
         if run.timeout is not None:
             run.deadline = self._loop.call_later(run.timeout, lambda: self._time_out(run))
-        self._send(request, expect=True)
 
     def _over(self, run: Run) -> None:
         self._finish(run, Done())
@@ -487,7 +531,7 @@ class Kernel:
         """Nothing more comes for *run*: *event* is its last."""
         _cancel(run.deadline)
         _cancel(run.settling)
-        for msg_id in (run.msg_id, *run.poke_ids):
+        for msg_id in (run.msg_id, run.checked_by, *run.poke_ids):
             self._router.forget(msg_id)
         self._current = None
         run.inbox.put(event)
@@ -603,8 +647,13 @@ class Kernel:
             elif run is not None and recipient in run.poke_ids:
                 if isinstance(event, Done) and run.settling is not None:
                     self._over_without_reply(run)
+            elif run is not None and recipient == run.checked_by:
+                if isinstance(event, Done):
+                    self._over_unheard(run)
             elif recipient in self._handshake_ids:
                 self._shaken_hands(event)
+            elif recipient == self._prologue_id:
+                self._told_of_prologue(event)
             elif self._link is not None:
                 self._link.receive(recipient, event)
         if message.channel == "iopub" and not self._heard_iopub:
@@ -618,7 +667,9 @@ class Kernel:
                 self._tell_of_lost_output()
             self._welcomed = True
         elif isinstance(event, KernelReplaced):
-            if self._current is not None and not self._current.lost_state:
+            if self._current is None:
+                self._death_unreported = True
+            elif not self._current.lost_state:
                 self._current.lost_state = True
                 self._current.inbox.put(event)
         elif isinstance(event, OthersRun):
@@ -633,25 +684,49 @@ class Kernel:
             self._current.loss_told = True
             self._current.inbox.put(OutputDropped())
 
-    def _lost(self, channel: MessageChannel) -> None:
+    def _lost(self, channel: MessageChannel, how: str) -> None:
         """A message was too large. Whose it was is not known, but only one run is on."""
         run = self._current
         if run is None:
             return
         if channel != "shell":
             if not run.loss_told:
-                _log.warning("output was lost: a message of %s was %s", self._name, self._too_large())
+                _log.warning("output was lost: a message of %s was %s", self._name, how)
             self._tell_of_lost_output()
         elif not run.replied:
-            run.reply_lost = True
+            run.reply_lost = how
             if run.settling is not None:  # it is idle already
                 self._over_with_reply_lost(run)
 
-    def _too_large(self) -> str:
-        return f"larger than {self._limits.max_message / 1024**2:g} MiB"
-
     def _over_with_reply_lost(self, run: Run) -> None:
-        sentence = f"the kernel's reply was {self._too_large()}, so nobody knows how the code ended"
+        sentence = f"the kernel's reply was {run.reply_lost}, so nobody knows how the code ended"
+        self._finish(run, ConnectionLost(sentence))
+        self._advance()
+
+    def _was_cut(self, may_have_lost: bool) -> None:
+        """The connection was away; what the kernel has sent meanwhile comes now, if somebody has kept it."""
+        if self._link is not None:
+            error = (
+                "the connection to the kernel was lost meanwhile, so it is not known whether that was done"
+            )
+            self._link.lost(SandboxConnectionError(error))
+        run = self._current
+        if run is None or isinstance(run, Turn):
+            return
+        if may_have_lost:
+            self._tell_of_lost_output()
+        # When this is answered, all that came before it has been: what is missing by then, does not come.
+        request = self._session.message("shell", "kernel_info_request")
+        run.checked_by = request.msg_id
+        self._send(request, expect=True)
+
+    def _over_unheard(self, run: Run) -> None:
+        if run.replied:
+            self._tell_of_lost_output()
+            self._over(run)
+            return
+        what = "how the code ended" if run.started else "whether the code was run"
+        sentence = f"the connection to the kernel was lost for a while, and with it {what}"
         self._finish(run, ConnectionLost(sentence))
         self._advance()
 
@@ -775,7 +850,10 @@ class Kernel:
 
     def _died(self, process: KernelProcess) -> None:
         code = process.exit_code()
-        if self._current is None and process.why_lost:
+        if process.may_go_on:
+            if self._current is not None:
+                self._finish(self._current, ConnectionLost(process.why_lost, state_preserved=False))
+        elif self._current is None and process.why_lost:
             self._loss_to_tell = Died(process.why_lost)
         elif self._current is None:
             self._death_unreported, self._loss_told = not self._loss_told, False

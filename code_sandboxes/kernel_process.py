@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from code_sandboxes.protocol.events import Streamed
 from code_sandboxes.protocol.messages import Channel, Message
+from code_sandboxes.transports.errors import MessageTooLargeError
 from code_sandboxes.transports.loop import Loop
 
-__all__ = ["LEAST_BACKLOG", "KernelInfo", "KernelProcess", "Limits", "Transport"]
+__all__ = [
+    "LEAST_BACKLOG",
+    "KernelInfo",
+    "KernelProcess",
+    "Limits",
+    "MessageTooLargeError",
+    "Prologue",
+    "Transport",
+]
 
 LEAST_BACKLOG = 16 * 1024**2
 """Bytes of output that may wait for a caller, however few its result keeps: it may just be a bit slow."""
@@ -47,20 +56,37 @@ class KernelInfo:
     supported_features: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Prologue:
+    """A request that comes before all others in a new kernel (messaging documentation, section "Execute")."""
+
+    content: Mapping[str, object]
+    metadata: Mapping[str, object]
+    features: tuple[str, ...]
+    """What the kernel has when it is done, as if it were among its ``supported_features``."""
+
+
 class Transport(Protocol):
     """What moves the messages of one kernel; see ``transports/``.
 
     Attributes:
         dropped: how many messages were, by why.
-        lost: called with the channel, when a message was dropped that was larger than the limit.
+        lost: called with the channel and how it was, when a message was dropped that was too large.
+        cut: called when the connection was away and is there again; with True if what was on its way may be
+            lost.
     """
 
     dropped: Counter[str]
-    lost: Callable[[Channel], None]
+    lost: Callable[[Channel, str], None]
+    cut: Callable[[bool], None]
 
     def open(self) -> None: ...
 
-    def send(self, message: Message) -> None: ...
+    def send(self, message: Message) -> None:
+        """
+        Raises:
+            MessageTooLargeError: there is no way for one of that size.
+        """
 
     def close(self) -> None: ...
 
@@ -85,8 +111,16 @@ class KernelProcess(Protocol):
         """It was started for this kernel; False if somebody may have used it before."""
 
     @property
+    def prologue(self) -> Prologue | None:
+        """What it has to be asked first; None if it has everything."""
+
+    @property
     def why_lost(self) -> str:
         """Why nobody knows how it ended: a sentence; empty where that is known."""
+
+    @property
+    def may_go_on(self) -> bool:
+        """It is the way there that was lost; the kernel itself may be as it was."""
 
     @property
     def why_ended(self) -> str:

@@ -119,7 +119,7 @@ class Core:
         tags: Mapping[str, str],
         origin: Origin | None = None,
     ) -> None:
-        self.id = f"{variant.name}:{os.urandom(8).hex()}"
+        self._id = f"{variant.name}:{os.urandom(8).hex()}"
         self.name = name
         self.tags = dict(tags)
         self.config = config
@@ -135,6 +135,11 @@ class Core:
         self._lock = threading.RLock()  # a signal handler may come while this thread has it
         self._contexts: dict[str, _Held] = {}
         self.on_end: list[Callable[[], object]] = []  # called in the I/O thread
+
+    @property
+    def id(self) -> str:
+        """Tells its variant, and is unique; where a server names it, it has that name after its start."""
+        return self.variant.sandbox_id or self._id
 
     # Start and end.
 
@@ -171,7 +176,7 @@ class Core:
 
     def _attach(self, record: Record) -> None:
         """Take up what another program made, or this one in an earlier life."""
-        self.id, self.created_at = record.id, record.created_at
+        self._id, self.created_at = record.id, record.created_at
         self.status = SandboxStatus.PAUSED if record.metadata.get("paused") else SandboxStatus.RUNNING
         if record.time_left is not None:
             self.rescheduled(record.time_left)
@@ -188,7 +193,7 @@ class Core:
     def detach(self) -> Operation[None]:
         """Let go of it, and let it go on; a run that is on goes on, too."""
         self.check_running(or_paused=True)
-        if not self.variant.has_registry:
+        if not (self.variant.has_registry or self.variant.is_reached_by_id):
             self.variant.detach(keep=True)  # which refuses
         why = f"this program detached from it; reach it with Sandbox.from_id({self.id!r})"
         yield from self._stop(SandboxStatus.DETACHED, why, lambda: self._let_go(why, keep=True))
@@ -196,7 +201,7 @@ class Core:
     def program_ends(self) -> Operation[None]:
         """Nobody here has use for it any more; it ends if nobody else has."""
         why = "its program ended"
-        if not self.variant.has_registry:
+        if not (self.variant.has_registry or self.variant.was_made_elsewhere):
             yield from self.terminate(orderly=False, why=why)
         elif self.status in _ALIVE:
             yield from self._stop(SandboxStatus.STOPPED, why, lambda: self._let_go(why, keep=False))

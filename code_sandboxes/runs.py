@@ -61,7 +61,9 @@ class Run:
         self.lost_state = False
         self.abandoned = False
         self.told = False
-        self.loss_told = self.reply_lost = False
+        self.loss_told = False
+        self.reply_lost = ""  # what has become of it
+        self.checked_by = ""  # the request whose answer says that nothing of this run comes any more
         self.unanswered = 0
 
 

@@ -36,7 +36,14 @@ if TYPE_CHECKING:
     from code_sandboxes.files import SandboxFilesystem
     from code_sandboxes.snapshots import SnapshotInfo
 
-__all__ = ["CodeStream", "LocalDockerSandbox", "LocalEvalSandbox", "LocalJupyterSandbox", "Sandbox"]
+__all__ = [
+    "CodeStream",
+    "JupyterGatewaySandbox",
+    "LocalDockerSandbox",
+    "LocalEvalSandbox",
+    "LocalJupyterSandbox",
+    "Sandbox",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -498,6 +505,12 @@ class LocalDockerSandbox(Sandbox):
     _variant = SandboxVariant.LOCAL_DOCKER
 
 
+class JupyterGatewaySandbox(Sandbox):
+    """Kernels of any Jupyter server."""
+
+    _variant = SandboxVariant.JUPYTER_GATEWAY
+
+
 class CodeStream:
     """What a run produces: ``OutputMessage``, ``Result`` and ``ExecutionError``, live and in order.
 
@@ -553,7 +566,10 @@ class CodeStream:
             self._result = stop.value
 
 
-_CLASSES = {each._variant: each for each in (LocalDockerSandbox, LocalEvalSandbox, LocalJupyterSandbox)}
+_CLASSES = {
+    each._variant: each
+    for each in (JupyterGatewaySandbox, LocalDockerSandbox, LocalEvalSandbox, LocalJupyterSandbox)
+}
 
 
 def _end_all() -> None:

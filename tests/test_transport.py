@@ -109,6 +109,8 @@ class ScriptedKernel(threading.Thread):
 
     is_fresh = True
     why_lost = ""
+    prologue = None
+    may_go_on = False
     why_ended = ""
 
     def transport(

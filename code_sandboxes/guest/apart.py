@@ -37,6 +37,23 @@ def boot(sources: Mapping[str, str]) -> None:
     parts["comms"].install(shell.kernel, parts)
 
 
+def set_up(given: Mapping[str, Any]) -> None:
+    """Make of this kernel, which somebody else has started, what one is that we start.
+
+    Args:
+        given: ``sources`` of the parts and of ``launch``, by name; ``env``, pairs of environment variables;
+            ``cwd``, where its code begins, or None.
+    """
+    os: Any = sys.modules["os"]
+    os.environ.update(given["env"])
+    if given["cwd"] is not None:
+        os.chdir(given["cwd"])
+    launch = ModuleType(PREFIX + "launch")
+    exec(compile(given["sources"]["launch"], "<" + launch.__name__ + ">", "exec"), vars(launch))
+    vars(launch)["improve"](copy)
+    boot(given["sources"])
+
+
 def load(code_of: Callable[[str], CodeType]) -> dict[str, Any]:
     """The parts of the guest, by name.
 

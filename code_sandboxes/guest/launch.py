@@ -163,9 +163,12 @@ def take_before_flushing(out_stream: Any) -> None:
 
     set_up, flush = out_stream._setup_stream_redirects, out_stream.flush
 
-    def set_up_to_take(self: Any, name: str) -> None:
+    def be_ready_to_take(self: Any) -> None:
         self._taking = threading.Lock()
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def set_up_to_take(self: Any, name: str) -> None:
+        be_ready_to_take(self)
         set_up(self, name)
 
     def take(self: Any) -> None:
@@ -192,8 +195,22 @@ def take_before_flushing(out_stream: Any) -> None:
                 take(self)
         flush(self)
 
+    for stream in (sys.stdout, sys.stderr):  # of a kernel that is up already
+        if isinstance(stream, out_stream) and getattr(stream, "_fid", None) is not None:
+            be_ready_to_take(stream)
+            let_watch(stream, watch)
     out_stream._setup_stream_redirects, out_stream._watch_pipe_fd = set_up_to_take, watch
     out_stream.flush = take_and_flush
+
+
+def let_watch(stream: Any, watch: Callable[[Any], None]) -> None:
+    """Let *watch* read what the thread of *stream* has read so far."""
+    stream._should_watch = False
+    os.write(stream._original_stdstream_fd, b"\0")  # it waits for something to read
+    stream.watch_fd_thread.join(1.0)
+    stream._should_watch = True
+    stream.watch_fd_thread = threading.Thread(target=watch, args=(stream,), daemon=True)
+    stream.watch_fd_thread.start()
 
 
 def publish_in_pieces(out_stream: Any) -> None:
@@ -339,9 +356,13 @@ def ignore_interrupts_here_only(application: Any) -> None:
     application.init_signal = init_signal
 
 
-def keep_json() -> None:
-    """Let the kernel's messages not depend on what the user's code does to :mod:`json`."""
-    own = load_sibling("apart").copy("json", dict(vars(builtins)))
+def keep_json(copy: Callable[[str, dict[str, Any]], ModuleType]) -> None:
+    """Let the kernel's messages not depend on what the user's code does to :mod:`json`.
+
+    Args:
+        copy: of ``apart.py``.
+    """
+    own = copy("json", dict(vars(builtins)))
     for name in ("jupyter_client.session", "zmq.utils.jsonapi", "ipykernel.subshell_manager"):
         module: Any = sys.modules.get(name)
         if getattr(module, "json", None) is json:
@@ -496,6 +517,29 @@ def use_own_packages() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(folders)
 
 
+def improve(copy: Callable[[str, dict[str, Any]], ModuleType]) -> None:
+    """Change what can be changed in a kernel that is up already, of all that :func:`main` changes.
+
+    Args:
+        copy: of ``apart.py``.
+    """
+    from ipykernel import kernelbase
+
+    warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning)
+    publish_before_exit()
+    exit_like_python()
+    run_without_terminals()
+    keep_json(copy)
+    if can_interrupt_only_code(kernelbase) and threading.current_thread() is threading.main_thread():
+        interrupt_only_code(kernelbase)
+    publish_sooner(None)
+
+
+def can_interrupt_only_code(kernelbase: Any) -> bool:
+    hooks = all(hasattr(kernelbase.Kernel, f"{when}_handler_hook") for when in ("pre", "post"))
+    return hooks and hasattr(signal, "SIGURG")
+
+
 def main() -> None:
     """Start the kernel; returns when it ends."""
     # The folder of this script is no place for the user's imports to find anything.
@@ -508,12 +552,11 @@ def main() -> None:
     kernelapp = import_kernelapp()
     exit_like_python()
     run_without_terminals()
-    keep_json()
+    keep_json(load_sibling("apart").copy)
     survive_interrupts(kernelapp.IPKernelApp)
     from ipykernel import kernelbase
 
-    hooks = all(hasattr(kernelbase.Kernel, f"{when}_handler_hook") for when in ("pre", "post"))
-    if hooks and hasattr(signal, "SIGURG"):
+    if can_interrupt_only_code(kernelbase):
         interrupt_only_code(kernelbase)
     if hasattr(kernelapp.IPKernelApp, "init_iopub"):
         publish_everything(kernelapp.IPKernelApp)

@@ -118,6 +118,8 @@ class InProcessKernel:
     interrupt_mode: Literal["signal"] = "signal"
     is_fresh = True
     why_lost = ""
+    prologue = None
+    may_go_on = False
     why_ended = ""
     how_killed = (
         "it was abandoned: its thread goes on in this process, its output is dropped,"

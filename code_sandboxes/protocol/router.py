@@ -62,18 +62,22 @@ class _Pending:
 class Router:
     """Knows which requests of *session* are under way, and whose each message is.
 
+    Args:
+        kernel_session: under which the kernel spoke when it was last heard, if it has been.
+
     Attributes:
+        kernel_session: under which the kernel speaks; None before it is heard.
         dropped: how many messages made no sense, by why.
         published: bytes of standard output and of standard error that the kernel has published.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, kernel_session: object = None) -> None:
+        self.kernel_session = kernel_session
         self.dropped: Counter[str] = Counter()
         self.published = [0, 0]
         self._session = session
         self._pending: dict[str, _Pending] = {}
         self._comms: set[str] = set()
-        self._kernel_session: object = None
 
     def sent(self, request: Message) -> None:
         """*request* goes out: from now on its answers are expected."""
@@ -104,11 +108,11 @@ class Router:
 
     def _is_replaced(self, message: Message) -> bool:
         session = message.header.get("session")
-        if not session or not isinstance(session, str) or session == self._kernel_session:
+        if not session or not isinstance(session, str) or session == self.kernel_session:
             return False
         if session == message.parent_header.get("session"):  # IJulia answers under the session of the asker
             return False
-        known, self._kernel_session = self._kernel_session, session
+        known, self.kernel_session = self.kernel_session, session
         return known is not None
 
     def _route(self, message: Message, event: Event) -> Iterator[Routed]:

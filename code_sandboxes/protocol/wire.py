@@ -16,7 +16,16 @@ from typing import ClassVar
 
 from code_sandboxes.protocol.messages import Channel, Message
 
-__all__ = ["ForgedMessageError", "MalformedMessageError", "ReplayedMessageError", "WireCodec", "WireError"]
+__all__ = [
+    "ForgedMessageError",
+    "MalformedMessageError",
+    "ReplayedMessageError",
+    "WireCodec",
+    "WireError",
+    "dump",
+    "load",
+    "message_of",
+]
 
 _DELIMITER = b"<IDS|MSG>"
 
@@ -77,7 +86,7 @@ class WireCodec:
 
     def encode(self, message: Message) -> list[bytes | memoryview]:
         parts = [
-            _dump(part) for part in (message.header, message.parent_header, message.metadata, message.content)
+            dump(part) for part in (message.header, message.parent_header, message.metadata, message.content)
         ]
         return [_DELIMITER, self._sign(parts), *parts, *message.buffers]
 
@@ -95,10 +104,7 @@ class WireCodec:
             raise MalformedMessageError(f"{len(frames) - start - 1} frames instead of signature and parts")
         signature, *parts = frames[start + 1 : start + 6]
         self._verify(signature, parts)
-        if max(len(parts[0]), len(parts[1])) > _LONGEST_HEADER:
-            raise MalformedMessageError("a header that is too long")
-        header, parent_header, metadata, content = (_load(part) for part in parts)
-        return Message(channel, header, parent_header, metadata, content, frames[start + 6 :])
+        return message_of(channel, parts, frames[start + 6 :])
 
     def _sign(self, parts: Sequence[bytes]) -> bytes:
         if not self._signed:
@@ -121,16 +127,34 @@ class WireCodec:
             self._older, self._recent = self._recent, set()
 
 
+def message_of(channel: Channel, parts: Sequence[bytes], buffers: Sequence[bytes | memoryview]) -> Message:
+    """The message whose four dictionaries are the JSON *parts*.
+
+    Raises:
+        MalformedMessageError: they are not.
+    """
+    if max(len(parts[0]), len(parts[1])) > _LONGEST_HEADER:
+        raise MalformedMessageError("a header that is too long")
+    header, parent_header, metadata, content = (load(part) for part in parts)
+    return Message(channel, header, parent_header, metadata, content, buffers)
+
+
 # Kept, because json.dumps() with arguments of its own makes one at every call.
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
 
 
-def _dump(part: Mapping[str, object]) -> bytes:
+def dump(part: Mapping[str, object]) -> bytes:
+    """*part* as JSON."""
     # A lone surrogate has no UTF-8: it becomes "?" here as it does in what a kernel prints.
     return _encoder.encode(part).encode("utf-8", "replace") if part else b"{}"
 
 
-def _load(part: bytes) -> dict[str, object]:
+def load(part: bytes) -> dict[str, object]:
+    """The JSON object that *part* is.
+
+    Raises:
+        MalformedMessageError: it is none, or one that nobody needs and that would take too much to unpack.
+    """
     if part == b"{}":
         return {}
     if len(part) > _MOST_UNPACKED // 200 and _unpacked_size(part) > _MOST_UNPACKED:

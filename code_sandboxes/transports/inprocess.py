@@ -45,7 +45,8 @@ class InProcessTransport:
 
     def __init__(self, loop: Loop, peer: Peer, receive: Callable[[Message], None]) -> None:
         self.dropped: Counter[str] = Counter()
-        self.lost: Callable[[Channel], None] = lambda channel: None  # nothing is too large for it
+        self.lost: Callable[[Channel, str], None] = lambda channel, how: None  # nothing is too large for it
+        self.cut: Callable[[bool], None] = lambda _: None  # nor can it go away
         self._loop = loop
         self._peer = peer
         self._receive = receive

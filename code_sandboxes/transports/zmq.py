@@ -77,7 +77,8 @@ class ZmqTransport:
 
     Attributes:
         dropped: how many messages were, by why.
-        lost: called with the channel, when a message was skipped.
+        lost: called with the channel and how it was, when a message was skipped.
+        cut: not called: what libzmq's peers do with a lost connection is seen by ``iopub_welcome``.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class ZmqTransport:
         max_message: int,
     ) -> None:
         self.dropped: Counter[str] = Counter()
-        self.lost: Callable[[Channel], None] = _nothing
+        self.lost: Callable[[Channel, str], None] = _nothing
+        self.cut: Callable[[bool], None] = _nothing
         self._loop = loop
         self._connection = connection
         self._identity = identity.encode()
@@ -142,7 +144,7 @@ class ZmqTransport:
 
     def _skipped(self, name: Channel, count: int) -> None:
         self.dropped["too large"] += count
-        self.lost(name)
+        self.lost(name, f"larger than {self._max_message / 1024**2:g} MiB")
 
     def _broke_off(self, name: Channel, error: ZmtpError) -> None:
         self.dropped["malformed"] += 1
@@ -355,5 +357,5 @@ def _connect(info: ConnectionInfo, channel: Channel) -> tuple[socket.socket | No
     return connection, True
 
 
-def _nothing(channel: Channel) -> None:
+def _nothing(*_: object) -> None:
     return

@@ -99,7 +99,10 @@ class Variant(ABC):
     name: ClassVar[SandboxVariant]
     options: ClassVar[frozenset[str]]
     has_registry: ClassVar[bool] = False
-    """Its sandboxes can be found and used by other programs, and go on when this one ends."""
+    """Its sandboxes can be listed and used by other programs, and go on when this one ends."""
+
+    is_reached_by_id: ClassVar[bool] = False
+    """Other programs can use its sandboxes if they are told their ids; those of a registry can anyway."""
 
     def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         unknown = sorted(set(options) - self.options)
@@ -127,6 +130,16 @@ class Variant(ABC):
     @abstractmethod
     def max_output(self) -> int:
         """Bytes of output a run keeps."""
+
+    @property
+    def sandbox_id(self) -> str | None:
+        """What its sandbox is called where its kernels are; None if anything will do."""
+        return None
+
+    @property
+    def was_made_elsewhere(self) -> bool:
+        """Another program has made it, and may go on with it when this one ends."""
+        return False
 
     @property
     def metadata(self) -> Mapping[str, object]:

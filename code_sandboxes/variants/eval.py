@@ -5,14 +5,13 @@ The quickest, for code that somebody has read: tests, examples, a program's own 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from code_sandboxes.info import NO_SYSTEM_PACKAGES, Capabilities, Capability, SandboxVariant
 from code_sandboxes.inprocess.kernel import InProcessKernel
-from code_sandboxes.transports.loop import Timer, the_loop
 from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant
+from code_sandboxes.variants.lifetimes import Lifetime
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
@@ -34,8 +33,7 @@ class LocalEval(Variant):
 
     def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         super().__init__(config, options)
-        self._audience: Audience | None = None
-        self._lifetime: Timer | None = None
+        self._lifetime: Lifetime | None = None
         for trait, what in (
             ("memory_limit", "limit the memory"),
             ("cpu_limit", "limit the CPUs"),
@@ -102,7 +100,7 @@ class LocalEval(Variant):
         return "python"
 
     def prepare(self, record: Record, audience: Audience) -> None:
-        self._audience = audience
+        self._lifetime = Lifetime(audience)
         if record.time_left is not None:
             self.expire_in(record.time_left, f"it reached its max_lifetime of {record.time_left:g} s")
 
@@ -111,19 +109,10 @@ class LocalEval(Variant):
         return InProcessKernel
 
     def expire_in(self, seconds: float, why: str) -> None:
-        due = time.monotonic() + seconds
-        the_loop().call_soon(lambda: self._arm(due, why))
-
-    def _arm(self, due: float, why: str) -> None:
-        self._cancel()
-        audience = self._audience
-        assert audience is not None
-        self._lifetime = the_loop().call_at(due, lambda: audience.over(why))
+        assert self._lifetime is not None
+        self._lifetime.end_in(seconds, why)
 
     def ends(self, why: str, *, orderly: bool) -> None:
-        self._cancel()
-
-    def _cancel(self) -> None:
         if self._lifetime is not None:
             self._lifetime.cancel()
 

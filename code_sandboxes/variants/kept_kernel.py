@@ -76,6 +76,8 @@ class KeptKernel:
     """
 
     how_killed = "its kernel was killed; its variables are gone"
+    prologue = None  # it has begun with everything
+    may_go_on = False
 
     def __init__(
         self,

@@ -1,0 +1,317 @@
+"""The kernels of a Jupyter server, as this program has them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from code_sandboxes.errors import SandboxConnectionError
+from code_sandboxes.kernel_process import Prologue
+from code_sandboxes.protocol.events import Streamed
+from code_sandboxes.protocol.messages import Message
+from code_sandboxes.remote.server import JupyterServer, KernelModel
+from code_sandboxes.transports.loop import Loop, Timer
+from code_sandboxes.transports.websocket import WebSocketTransport
+
+__all__ = ["RemoteContext", "RemoteKernel"]
+
+_log = logging.getLogger(__name__)
+
+# Seconds between two questions to the server while a run is on: its own word is the last resort.
+_ASK_EVERY = 20.0
+
+_DIED = "the server says that it died, and has started it again"
+_DEAD = "the server says that it is dead, and could not start it again"
+_REPLACED = "somebody has restarted it"
+_DELETED = "it is not on the server any more: somebody has deleted it, or it was culled for being idle"
+
+# What Jupyter Server says for output that it has dropped, in a stream of its own.
+_LIMITED = ("IOPub data rate exceeded", "IOPub message rate exceeded")
+
+
+class RemoteContext:
+    """What one context has on the server: a kernel, by its id there, in one life after the other.
+
+    Args:
+        start: makes a new kernel there; blocks.
+        kernel_id: of one that is there already.
+        is_given: it is somebody else's, and is not ended.
+        prologue: what a new one has to be asked first.
+
+    Attributes:
+        kernel_id: which it is now; None before it was started.
+        is_over: it is not needed any more: what ends it ends it for good.
+    """
+
+    def __init__(
+        self,
+        server: JupyterServer,
+        start: Callable[[], KernelModel],
+        *,
+        kernel_id: str | None = None,
+        is_given: bool = False,
+        prologue: Prologue | None = None,
+    ) -> None:
+        self.server = server
+        self.kernel_id = kernel_id
+        self.is_given = is_given
+        self.is_over = False
+        self.prologue = prologue
+        self.is_fresh = kernel_id is None
+        self.was_left_running = False
+        self._start = start
+
+    def launch(self) -> RemoteKernel:
+        """The kernel as it is now, or a new one if it is gone; blocks.
+
+        Raises:
+            SandboxError: there is none to be had.
+        """
+        if self.kernel_id is not None and self.server.kernel(self.kernel_id) is None:
+            if self.is_given:
+                raise SandboxConnectionError(f"the kernel {self.kernel_id} is gone: {_DELETED}")
+            self.kernel_id, self.is_fresh = None, True
+        if self.kernel_id is None:
+            self.kernel_id = self._start().id
+        elif self.was_left_running:
+            # A run that nobody hears of any more would keep the next one waiting.
+            self.server.interrupt(self.kernel_id)
+        self.was_left_running = False
+        kernel = RemoteKernel(self, self.kernel_id, is_fresh=self.is_fresh)
+        self.is_fresh = False
+        return kernel
+
+    def delete(self) -> None:
+        """End it for good, unless it is somebody else's; may be called again, blocks.
+
+        Raises:
+            SandboxError: the server does not do it.
+        """
+        if self.kernel_id is not None and not self.is_given:
+            self.server.delete(self.kernel_id)
+            self.kernel_id = None
+
+    def restart(self) -> None:
+        """Let it begin again; blocks. What is gone is started anew when it is needed."""
+        if self.kernel_id is not None and self.server.kernel(self.kernel_id) is not None:
+            self.server.restart(self.kernel_id)
+
+
+class RemoteKernel:
+    """One life of a server's kernel; a :class:`code_sandboxes.kernel_process.KernelProcess`."""
+
+    how_killed = "its kernel was restarted; its variables are gone"
+    interrupt_mode: Literal["signal", "message"] = "signal"  # how, is the server's business
+
+    def __init__(self, context: RemoteContext, kernel_id: str, *, is_fresh: bool) -> None:
+        self._context = context
+        self._kernel_id = kernel_id
+        self._is_fresh = is_fresh
+        self._loop: Loop | None = None
+        self._ended: Callable[[], None] = _nothing
+        self._is_over = self._is_running = self._is_ending = False
+        self._why_ended = self._why_lost = ""
+        self._identity = ""
+        self._kernel_session = ""
+        self._transport: WebSocketTransport | None = None
+        self._asking: Timer | None = None
+
+    def transport(
+        self, loop: Loop, identity: str, receive: Callable[[Message], None], max_message: int
+    ) -> WebSocketTransport:
+        self._identity = identity
+        address = self._context.server.channels(self._kernel_id, identity)
+        transport = WebSocketTransport(
+            loop, address, lambda message: self._received(message, receive), max_message
+        )
+        transport.broken = self._broken
+        self._transport = transport
+        return transport
+
+    @property
+    def is_fresh(self) -> bool:
+        return self._is_fresh
+
+    @property
+    def prologue(self) -> Prologue | None:
+        return self._context.prologue
+
+    @property
+    def why_lost(self) -> str:
+        return self._why_lost
+
+    @property
+    def may_go_on(self) -> bool:
+        return bool(self._why_lost)
+
+    @property
+    def why_ended(self) -> str:
+        return self._why_ended
+
+    def exit_code(self) -> int | None:
+        return None  # no server tells it
+
+    def output(self) -> str:
+        return ""
+
+    def written(self) -> list[int]:
+        return [0, 0]
+
+    def unpublished(self, published: Sequence[int]) -> list[Streamed]:
+        return []
+
+    def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
+        self._loop, self._ended = loop, ended
+
+    def claim(self, granted: Callable[[], None]) -> None:
+        self._is_running = True
+        self._ask_later()
+        granted()
+
+    def rest(self) -> None:
+        self._is_running = False
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
+
+    def interrupt(self) -> None:
+        self._tell(lambda: self._context.server.interrupt(self._kernel_id), "be interrupted")
+
+    def terminate(self) -> None:
+        self._end_for_good()
+
+    def kill(self) -> None:
+        if self._context.is_over:
+            self._end_for_good()
+        elif not self._is_ending and self._loop is not None:
+            self._is_ending = self._context.is_fresh = True
+            self._loop.run_blocking(self._context.restart, self._restarted, apart=True)
+
+    def leave(self) -> None:
+        self._is_over = True
+        self.rest()
+
+    def release(self) -> None:
+        return
+
+    def _restarted(self, _: object, error: Exception | None) -> None:
+        if error is None:
+            self._end("it was restarted")
+        else:
+            self._lose(f"it could not be restarted: {error}")
+
+    def _end_for_good(self) -> None:
+        self._context.is_over = True
+        if self._is_ending or self._loop is None:
+            return
+        self._is_ending = True
+        self._loop.run_blocking(self._context.delete, self._deleted, apart=True)
+
+    def _deleted(self, _: object, error: Exception | None) -> None:
+        if error is not None:  # whoever ends the sandbox tries again, and tells
+            _log.info("a kernel could not be deleted: %s", error)
+        self._end("it was ended")
+
+    def _tell(self, request: Callable[[], None], what: str) -> None:
+        def told(_: object, error: Exception | None) -> None:
+            if error is not None:  # the deadline of whoever wanted that goes on
+                _log.warning("the kernel %s could not %s: %s", self._kernel_id, what, error)
+
+        if self._loop is not None:
+            self._loop.run_blocking(request, told, apart=True)
+
+    # How it goes: the server's messages, the connection, and in the end a question.
+
+    def _received(self, message: Message, receive: Callable[[Message], None]) -> None:
+        if self._is_over:
+            return
+        if message.channel == "iopub" and self._is_of_the_server(message):
+            return
+        session = message.header.get("session")
+        if isinstance(session, str) and session not in ("", self._identity):
+            if self._kernel_session not in ("", session):
+                if not self._is_ending:
+                    self._end_anew(_REPLACED)
+                return
+            self._kernel_session = session
+        receive(message)
+
+    def _is_of_the_server(self, message: Message) -> bool:
+        """Does it tell of the kernel, and is nobody's output? Then it is heeded here."""
+        kind, content = message.msg_type, message.content
+        if kind == "iopub_welcome":  # the server's subscription, not ours
+            return True
+        if kind == "shutdown_reply":
+            if not self._is_ending and content.get("restart") is True:
+                self._end_anew(_REPLACED)
+            elif not self._is_ending:
+                self._end(_DELETED)
+            return True
+        if message.header.get("session") != self._identity:
+            return False
+        if kind == "status" and not message.parent_header:
+            state = content.get("execution_state")
+            if state == "restarting":
+                self._end_anew(_DIED)
+            elif state == "dead":
+                self._end_anew(_DEAD)
+            return True
+        if kind == "stream" and str(content.get("text", "")).lstrip().startswith(_LIMITED):
+            if self._transport is not None:
+                self._transport.dropped["rate limit"] += 1
+                self._transport.lost("iopub", "beyond the rate that the server lets through")
+            return True
+        return False
+
+    def _broken(self, why: str, status: int | None) -> None:
+        server = self._context.server
+        if status == 404:
+            self._end(_DELETED)
+        elif status is not None:
+            self._lose(f"{server.place.url} does not let this token to the kernel: {why}")
+        else:
+            self._lose(f"the connection to {server.place.url} was lost: {why}")
+
+    def _ask_later(self) -> None:
+        if self._loop is not None:
+            self._asking = self._loop.call_later(_ASK_EVERY, self._ask)
+
+    def _ask(self) -> None:
+        loop = self._loop
+        assert loop is not None
+        loop.run_blocking(lambda: self._context.server.kernel(self._kernel_id), self._answered, apart=True)
+
+    def _answered(self, model: KernelModel | None, error: Exception | None) -> None:
+        if self._is_over or not self._is_running:
+            return
+        if error is not None:  # the websocket has its own patience with the server
+            _log.debug("no answer about the kernel %s: %s", self._kernel_id, error)
+        elif model is None:
+            self._end(_DELETED)
+            return
+        elif model.state == "dead":
+            self._end_anew(_DEAD)
+            return
+        self._ask_later()
+
+    def _end_anew(self, why: str) -> None:
+        """This life is over; there is another one of the same id."""
+        self._context.is_fresh = True
+        self._end(why)
+
+    def _lose(self, why: str) -> None:
+        self._why_lost = why
+        self._context.was_left_running = self._is_running
+        self._end("")
+
+    def _end(self, why: str) -> None:
+        if self._is_over:
+            return
+        self.leave()
+        self._why_ended = why
+        self._ended()
+
+
+def _nothing() -> None:
+    return

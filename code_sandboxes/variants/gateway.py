@@ -1,0 +1,284 @@
+"""jupyter-gateway: the kernels of any Jupyter server, near or far, over its REST interface and websockets.
+
+What keeps code in them from doing harm is the server's business: this variant refuses every policy and limit
+that it could only hope for. A kernel that it has started is deleted at the end; one that it was given is not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from code_sandboxes.checks import check_str
+from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError, SandboxNotFoundError
+from code_sandboxes.guest_boot import prologue
+from code_sandboxes.info import Capabilities, Capability, SandboxVariant
+from code_sandboxes.remote.kernels import RemoteContext, RemoteKernel
+from code_sandboxes.remote.rest import Place
+from code_sandboxes.remote.server import JupyterServer, KernelModel, KernelSpec, is_kernel_id
+from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant
+from code_sandboxes.variants.lifetimes import Lifetime
+
+if TYPE_CHECKING:
+    from code_sandboxes.config import SandboxConfig
+
+__all__ = ["JupyterGateway"]
+
+_SERVERS = "that is the server's business; local-docker and local-jupyter can do it on this machine"
+_MAX_OUTPUT = 256 * 1024**2
+
+# Whoever asks with a shorter patience than the server's own may leave a kernel that nobody knows of.
+_LEAST_TO_START = 40.0
+
+
+class JupyterGateway(Variant):
+    """Kernels of a Jupyter Server, a Kernel Gateway, an Enterprise Gateway or a JupyterHub."""
+
+    name = SandboxVariant.JUPYTER_GATEWAY
+    options: ClassVar[frozenset[str]] = frozenset(
+        {"hub_url", "kernel_id", "kernel_name", "path", "server_url", "token"}
+    )
+    is_reached_by_id = True
+
+    def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
+        super().__init__(config, options)
+        for name in self.options:
+            check_str(name, options.get(name))
+        self._refuse_what_cannot_be(config)
+        self._wanted_kernel, self._wanted_id = _given(options, "kernel_name"), _given(options, "kernel_id")
+        self._path = _given(options, "path")
+        if self._wanted_id is not None and (self._wanted_kernel is not None or self._path is not None):
+            raise self.refuse(
+                "take kernel_id= together with kernel_name= or path=", "the kernel is there already"
+            )
+        if self._wanted_id is not None and not is_kernel_id(self._wanted_id):
+            raise SandboxConfigurationError(f"kernel_id must be the id of a kernel, not {self._wanted_id!r}")
+        self._server = self._server_of(options)
+        self._specs: Mapping[str, KernelSpec] = {}
+        self._default = ""
+        self._contexts: dict[str, RemoteContext] = {}
+        self._lifetime: Lifetime | None = None
+        self._was_attached = self._is_over = False
+
+    def _server_of(self, options: Mapping[str, object]) -> JupyterServer:
+        url = _given(options, "server_url") or os.environ.get("JUPYTER_GATEWAY_URL")
+        if not url:
+            raise self.refuse("begin", "it needs server_url=, or JUPYTER_GATEWAY_URL in the environment")
+        token = _given(options, "token") or os.environ.get("JUPYTER_TOKEN")
+        return JupyterServer(Place(url, "server_url"), token)
+
+    def _refuse_what_cannot_be(self, config: SandboxConfig) -> None:
+        for trait, what in (
+            ("memory_limit", "limit the memory"),
+            ("cpu_limit", "limit the CPUs"),
+            ("gpu", "choose a GPU"),
+            ("idle_timeout", "enforce idle_timeout"),
+        ):
+            if getattr(config, trait) is not None:
+                raise self.refuse(f"{what} ({trait}={getattr(config, trait)!r})", _SERVERS)
+        if config.environment is not None:
+            raise self.refuse(
+                f"provide the environment {config.environment!r}",
+                "a server's kernels are chosen with kernel_name=",
+            )
+        if config.network_policy in ("none", "allowlist"):
+            raise self.refuse(f"enforce network_policy={config.network_policy!r}", _SERVERS)
+
+    @classmethod
+    def capabilities(cls) -> Capabilities:
+        yes, no = Capability(True), Capability(False, _SERVERS)
+        return Capabilities(
+            languages=("python",),
+            contexts=yes,
+            own_process=yes,
+            environment=yes,
+            magics=yes,
+            interrupt_blocked=yes,
+            subshells=yes,
+            system_packages=Capability(False, "they would be installed on the server; use local-docker"),
+            network_none=no,
+            network_allowlist=no,
+            memory_limit=no,
+            cpu_limit=no,
+            pids_limit=no,
+            disk_limit=no,
+            gpu=no,
+            mounts=no,
+            idle_timeout=Capability(
+                False, "nobody watches the server when this program is gone; let it cull idle kernels"
+            ),
+            pause=no,
+            snapshots=Capability(False, "it cannot do that yet"),
+            fork=no,
+        )
+
+    @property
+    def isolation(self) -> str:
+        return (
+            f"whatever the server at {self._server.place.url} provides; nothing of this machine is in reach"
+        )
+
+    @property
+    def max_output(self) -> int:
+        return _MAX_OUTPUT
+
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        kernels = (context.kernel_id for context in list(self._contexts.values()))
+        return {
+            "server_url": self._server.place.url,
+            "kernel_ids": [kernel_id for kernel_id in kernels if kernel_id is not None],
+        }
+
+    @property
+    def sandbox_id(self) -> str | None:
+        context = self._contexts.get("default")
+        if context is None or context.kernel_id is None:
+            return None
+        return f"{self.name}:{self._server.place.url}#{context.kernel_id}"
+
+    @property
+    def was_made_elsewhere(self) -> bool:
+        return self._was_attached
+
+    # Kernels by their languages.
+
+    def kernel_name(self, language: str | None) -> str:
+        if language is None:
+            return self._default
+        if language in self._specs:
+            return language
+        speaking = sorted(name for name, spec in self._specs.items() if spec.language == language.lower())
+        if not speaking:
+            known = sorted({*self._specs, *(spec.language for spec in self._specs.values())})
+            raise ValueError(f"no kernel for the language {language!r} (installed: {', '.join(known)})")
+        return self._default if self._default in speaking else speaking[0]
+
+    def language_of(self, kernel_name: str) -> str:
+        return self._specs[kernel_name].language
+
+    # Start and end.
+
+    def prepare(self, record: Record, audience: Audience) -> None:
+        self._lifetime = Lifetime(audience)
+        if record.time_left is not None:
+            self.expire_in(record.time_left, f"it reached its max_lifetime of {record.time_left:g} s")
+        self._find_out()
+
+    def _find_out(self) -> None:
+        """What the server has; blocks.
+
+        Raises:
+            SandboxError: it does not answer, or has not what was asked for.
+        """
+        self._specs, self._default = self._server.kernelspecs()
+        if self._wanted_id is not None:
+            model = self._server.kernel(self._wanted_id)
+            if model is None:
+                raise SandboxNotFoundError(
+                    f"there is no kernel {self._wanted_id} at {self._server.place.url}: it has ended, or"
+                    " never was"
+                )
+            self._default = model.name
+        elif self._wanted_kernel is not None:
+            self._default = self._wanted_kernel
+        if self._default not in self._specs:
+            raise SandboxConfigurationError(
+                f"no kernelspec {self._default!r} at {self._server.place.url}"
+                f" (installed: {', '.join(sorted(self._specs)) or 'none'})"
+            )
+
+    def launcher(self, spec: ContextSpec) -> Callable[[], RemoteKernel]:
+        is_python = self._specs[spec.kernel_name].language == "python"
+        env, cwd = {**self.config.env_vars, **spec.env}, spec.cwd or self.config.working_dir
+        if not is_python and (env or cwd is not None):
+            raise self.refuse(
+                f"set environment variables or a working directory for the kernel {spec.kernel_name!r}",
+                "the server decides them, and only in a Python kernel can they be changed",
+            )
+        is_first = spec.id == "default" and self._wanted_id is not None
+        context = RemoteContext(
+            self._server,
+            lambda: self._start(spec),
+            kernel_id=self._wanted_id if is_first else None,
+            is_given=is_first and not self._was_attached,
+            prologue=prologue(env, cwd) if is_python else None,
+        )
+        context.is_over = self._is_over
+        self._contexts[spec.id] = context
+        return context.launch
+
+    def _start(self, spec: ContextSpec) -> KernelModel:
+        seconds = max(self.config.start_timeout, _LEAST_TO_START)
+        return self._server.start(spec.kernel_name, path=self._path, env=None, seconds=seconds)
+
+    def expire_in(self, seconds: float, why: str) -> None:
+        assert self._lifetime is not None
+        self._lifetime.end_in(seconds, why)
+
+    def ends(self, why: str, *, orderly: bool) -> None:
+        self._is_over = True
+        if self._lifetime is not None:
+            self._lifetime.cancel()
+        for context in self._contexts.values():
+            context.is_over = True
+
+    def remove(self) -> None:
+        failed = []
+        for context in list(self._contexts.values()):
+            try:
+                context.delete()
+            except SandboxConnectionError as error:
+                failed.append(f"the kernel {context.kernel_id} is left: {error}")
+        self._server.close()
+        if failed:
+            raise SandboxConnectionError("; ".join(failed))
+
+    def delete_context(self, context_id: str) -> None:
+        context = self._contexts.pop(context_id, None)
+        if context is not None:
+            context.delete()
+
+    # Found by its id.
+
+    @classmethod
+    def attach(cls, sandbox_id: str, options: Mapping[str, object]) -> tuple[Variant, Record]:
+        from code_sandboxes.config import SandboxConfig
+
+        url, _, kernel_id = sandbox_id.partition(":")[2].rpartition("#")
+        if set(options) - {"token"}:
+            raise TypeError(f"from_id() of {cls.name} takes token= (given: {', '.join(sorted(options))})")
+        if not url or not is_kernel_id(kernel_id):
+            raise SandboxNotFoundError(
+                f"no sandbox {sandbox_id!r}: the id of a {cls.name} is a server's URL, '#' and a kernel"
+            )
+        variant = cls(SandboxConfig(), {**options, "server_url": url, "kernel_id": kernel_id})
+        variant._was_attached = True
+        variant._find_out()
+        record = Record(
+            id=sandbox_id,
+            name=None,
+            tags={},
+            settings=variant.config.settings(),
+            created_at=0.0,
+            time_left=None,
+            isolation=variant.isolation,
+            contexts=[variant._default_spec()],
+        )
+        return variant, record
+
+    def _default_spec(self) -> ContextSpec:
+        return ContextSpec("default", "default", self._specs[self._default].language, self._default, None, {})
+
+    def listen(self, audience: Audience) -> None:
+        self._lifetime = Lifetime(audience)
+
+    def detach(self, *, keep: bool) -> None:
+        if self._lifetime is not None:
+            self._lifetime.cancel()
+
+
+def _given(options: Mapping[str, object], name: str) -> str | None:
+    value = options.get(name)
+    return value if isinstance(value, str) and value else None
