@@ -29,8 +29,19 @@ from code_sandboxes import Capabilities, Sandbox, SandboxVariant
 from code_sandboxes.isolation.probe import probe
 from code_sandboxes.keeper import client
 from tests.fronts import FRONTS, create
+from tests.servers import JupyterHub
 
 MakeSandbox = Callable[..., Sandbox]
+
+# What jupyter-gateway can talk to: fixtures of tests/server_fixtures.py.
+SERVERS = {
+    "enterprise-gateway": "enterprise_gateway",
+    "jupyter-server": "jupyter_server",
+    "jupyterhub": "jupyter_hub",
+    "kernel-gateway": "kernel_gateway",
+}
+
+pytest_plugins = ["tests.server_fixtures"]
 
 # What says that no isolation is intended, where a variant would have some, or warn that there is none.
 UNISOLATED: dict[str, dict[str, object]] = {SandboxVariant.LOCAL_JUPYTER: {"isolation": "none"}}
@@ -50,6 +61,9 @@ BUSY_OR_WAITING = [
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--variant", action="append", choices=list(SandboxVariant), help="only this variant; may be repeated"
+    )
+    parser.addoption(
+        "--server", choices=sorted(SERVERS), default="jupyter-server", help="what jupyter-gateway talks to"
     )
 
 
@@ -81,8 +95,9 @@ def why_no_containers() -> str:
 
 
 def _marks(variant: SandboxVariant | str, is_slow: bool) -> list[pytest.MarkDecorator]:
-    # A container takes a second to start: what is special about it has modules of its own.
-    marks = [pytest.mark.slow] if is_slow or variant == SandboxVariant.LOCAL_DOCKER else []
+    # A container takes a second to start. What is special about it, or a server, has modules of its own.
+    elsewhere = (SandboxVariant.LOCAL_DOCKER, SandboxVariant.JUPYTER_GATEWAY)
+    marks = [pytest.mark.slow] if is_slow or variant in elsewhere else []
     if variant == SandboxVariant.LOCAL_DOCKER and (reason := why_no_containers()):
         marks.append(pytest.mark.skipif(not REQUIRES_CONTAINERS, reason=f"NO CONTAINERS: {reason}"))
     return marks
@@ -109,6 +124,11 @@ def _can_run(item: pytest.Item) -> bool:
             or any(name.startswith("languages.") for name in needed)
         )
         return not is_left_out
+    if callspec.params["variant"] == SandboxVariant.JUPYTER_GATEWAY and (
+        "install_kernel" in getattr(item, "fixturenames", ())  # on this machine
+        or item.get_closest_marker("not_on_a_server") is not None
+    ):
+        return False
     capabilities = Sandbox.capabilities_of(callspec.params["variant"])
     return all(_has(capabilities, name) for name in needed)
 
@@ -165,12 +185,23 @@ def isolation(request: pytest.FixtureRequest, variant: str) -> dict[str, object]
     """The setting that says which isolation the test's sandboxes have; nothing where there is no choice."""
     seen_from_here = request.node.get_closest_marker("from_this_machine") is not None
     is_isolated = getattr(request.module, "ISOLATED", False) and not seen_from_here
+    if variant == SandboxVariant.JUPYTER_GATEWAY:
+        settings: dict[str, object] = request.getfixturevalue("gateway")
+        return settings
     if variant == SandboxVariant.LOCAL_DOCKER and not is_isolated:
         shared = _shared_with_containers(request)
         return {"mounts": {shared: (shared, "rw")}, "user": f"{os.geteuid()}:{os.getegid()}"}
     if is_isolated and not probe().bubblewrap:
         return dict.fromkeys(UNISOLATED.get(variant, {}), "bubblewrap")
     return UNISOLATED.get(variant, {})
+
+
+@pytest.fixture(scope="session")
+def gateway(request: pytest.FixtureRequest) -> dict[str, object]:
+    """The settings that lead jupyter-gateway to the server that ``--server`` names."""
+    server = request.getfixturevalue(SERVERS[request.config.getoption("--server")])
+    where = "hub_url" if isinstance(server, JupyterHub) else "server_url"
+    return {where: server.url, "token": server.token}
 
 
 def _shared_with_containers(request: pytest.FixtureRequest) -> str:
@@ -206,8 +237,12 @@ def sandbox(make_sandbox: MakeSandbox) -> Sandbox:
 
 
 @pytest.fixture(scope="session")
-def shared_sandboxes(variant: str, front: str, runtime_folder: Path) -> Iterator[dict[object, Sandbox]]:
+def shared_sandboxes(
+    request: pytest.FixtureRequest, variant: str, front: str, runtime_folder: Path
+) -> Iterator[dict[object, Sandbox]]:
     """By isolation; gone before those of another variant or front come."""
+    if variant == SandboxVariant.JUPYTER_GATEWAY:
+        request.getfixturevalue("gateway")  # which has to be there when they end
     made: dict[object, Sandbox] = {}
     yield made
     for sandbox in made.values():

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from functools import cache
 
 from code_sandboxes import guest
-from code_sandboxes.guest.apart import PARTS
+from code_sandboxes.guest.apart import EXTRAS, PARTS
 from code_sandboxes.guest.comms import FEATURE, TARGET
 from code_sandboxes.kernel_process import Prologue
+from code_sandboxes.protocol.events import failure
 from code_sandboxes.protocol.messages import execute_content
 
-__all__ = ["boot_content", "boot_metadata", "prologue"]
+__all__ = ["boot_content", "boot_metadata", "prologue", "why_prologue_failed"]
 
 # The sources travel in the metadata: IPython looks at code several times before it runs it. And this code is
 # one expression without a name in it, since any name may mean something else by now.
@@ -40,10 +41,22 @@ def prologue(env: Mapping[str, str], cwd: str | None) -> Prologue:
         env: more environment variables.
         cwd: where its code begins; None for where it is.
     """
-    sources = {**_sources(), "launch": _source("launch")}
+    sources = {**_sources(), **{name: _source(name) for name in EXTRAS}}
     boot = _source("apart") + "\nset_up(given)\n"
     given = {"boot": boot, "sources": sources, "env": list(env.items()), "cwd": cwd}
-    return Prologue(boot_content(), {TARGET: given}, (FEATURE,))
+    # Not as code: IPython would put the old write() of the streams back, which it has found before the cell.
+    content = {**boot_content(), "code": "", "user_expressions": {TARGET: _CODE}}
+    return Prologue(content, {TARGET: given}, (FEATURE,))
+
+
+def why_prologue_failed(reply: Mapping[str, object]) -> str:
+    """What the reply to a :func:`prologue` says has gone wrong; empty if nothing has."""
+    told = reply.get("user_expressions")
+    answer = told.get(TARGET) if isinstance(told, dict) else None
+    if isinstance(answer, dict) and answer.get("status") == "ok":
+        return ""
+    why = failure(answer if isinstance(answer, dict) else reply)
+    return f"{why.name}: {why.value}"
 
 
 @cache

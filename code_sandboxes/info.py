@@ -116,6 +116,9 @@ class Capabilities:
         contexts: several, with variables of their own.
         own_process: code has one. It cannot harm the program, can always be ended, and what its child
             processes print is its output.
+        last_words: what code has printed in the milliseconds before its process died is known, and the exit
+            code or signal.
+        own_home: it has a home directory and an environment of its own, and may ruin them.
         environment: environment variables and a working directory can be chosen.
         magics: IPython's ``%magics``, ``!commands`` and ``name?``.
         interrupt_blocked: code that waits in the system (a sleep, a socket) reacts to an interrupt, and code
@@ -128,6 +131,8 @@ class Capabilities:
     languages: tuple[str, ...]
     contexts: Capability
     own_process: Capability
+    last_words: Capability
+    own_home: Capability
     environment: Capability
     magics: Capability
     interrupt_blocked: Capability

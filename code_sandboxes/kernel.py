@@ -20,6 +20,7 @@ from enum import Enum
 
 from code_sandboxes.errors import SandboxConnectionError, SandboxError, SandboxNotStartedError
 from code_sandboxes.guest.comms import FEATURE
+from code_sandboxes.guest_boot import why_prologue_failed
 from code_sandboxes.guest_link import Channel, GuestCall, GuestLink, Refused
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.kernel_process import (
@@ -47,7 +48,6 @@ from code_sandboxes.protocol.events import (
     Terminated,
     TimedOut,
     Welcomed,
-    failure,
 )
 from code_sandboxes.protocol.messages import Channel as MessageChannel, Message, Session
 from code_sandboxes.protocol.outputs import Displays, Outputs
@@ -383,12 +383,12 @@ class Kernel:
     def _told_of_prologue(self, event: Event) -> None:
         if not isinstance(event, Replied) or self._is_set_up:
             return
-        if event.status == "ok":
+        why = why_prologue_failed(event.content)
+        if not why:
             self._is_set_up = True
             self._ready_if_complete()
         elif self._process is not None:
-            why = failure(event.content)
-            self._give_up_start(self._process, f"it could not be set up: {why.name}: {why.value}")
+            self._give_up_start(self._process, f"it could not be set up: {why}")
 
     def _start_took_too_long(self) -> None:
         if self._state is _State.STARTING and self._process is not None:

@@ -79,6 +79,12 @@ DEATHS = {
 }
 
 
+RUINS_OF_A_HOME = [
+    "import os, shutil; shutil.rmtree(os.environ['HOME']); os._exit(1)",
+    "import os, shutil; shutil.rmtree(os.path.dirname(os.environ['HOME'])); os._exit(1)",
+]
+
+
 @pytest.mark.parametrize("name", ENDINGS)
 def test_every_end_is_told_keeps_the_output_before_it_and_leaves_a_working_sandbox(
     make_sandbox: MakeSandbox, capabilities: Capabilities, name: str
@@ -86,12 +92,12 @@ def test_every_end_is_told_keeps_the_output_before_it_and_leaves_a_working_sandb
     ending = ENDINGS[name]
     if ending.waits and not capabilities.interrupt_blocked:
         ending = replace(ending, state_preserved=False)
-    if not capabilities.own_process:
+    if not capabilities.last_words:
         ending = replace(ending, exit_code=None if (ending.exit_code or 0) < 0 else ending.exit_code)
     _assert_ends(make_sandbox, ending)
 
 
-@pytest.mark.needs("own_process")
+@pytest.mark.needs("last_words")
 @pytest.mark.parametrize("name", DEATHS)
 def test_every_death_of_the_process_is_told_and_leaves_a_working_sandbox(
     make_sandbox: MakeSandbox, name: str
@@ -124,7 +130,7 @@ def test_a_syntax_error_is_an_error_of_the_code(shared_sandbox: Sandbox) -> None
     assert "line 2" in result.error.traceback
 
 
-@pytest.mark.needs("own_process")
+@pytest.mark.needs("last_words")
 def test_what_a_crashing_interpreter_says_is_in_the_traceback(sandbox: Sandbox) -> None:
     result = sandbox.run_code("print('on')\nimport ctypes; ctypes.string_at(0)")
 
@@ -133,7 +139,7 @@ def test_what_a_crashing_interpreter_says_is_in_the_traceback(sandbox: Sandbox) 
     assert "Segmentation fault" in result.error.traceback
 
 
-@pytest.mark.needs("own_process")
+@pytest.mark.needs("last_words")
 def test_output_that_was_not_published_when_the_process_died_is_recovered(sandbox: Sandbox) -> None:
     text = "\u00e9\U0001f600" * 1000
     result = sandbox.run_code(
@@ -146,7 +152,7 @@ def test_output_that_was_not_published_when_the_process_died_is_recovered(sandbo
 
 
 @pytest.mark.not_in_a_container("its processes have other numbers there")
-@pytest.mark.needs("own_process")
+@pytest.mark.needs("last_words")
 @pytest.mark.from_this_machine
 def test_a_kernel_killed_from_outside_is_reported_within_a_second(sandbox: Sandbox) -> None:
     pid = int(sandbox.run_code("import os; os.getpid()").text or 0)
@@ -165,7 +171,7 @@ def test_a_kernel_killed_from_outside_is_reported_within_a_second(sandbox: Sandb
 
 
 @pytest.mark.not_in_a_container("its processes have other numbers there")
-@pytest.mark.needs("own_process")
+@pytest.mark.needs("last_words")
 @pytest.mark.from_this_machine
 def test_a_kernel_that_died_between_runs_is_told_by_the_next_one(sandbox: Sandbox) -> None:
     pid = int(sandbox.run_code("x = 1\nimport os; os.getpid()").text or 0)
@@ -199,8 +205,7 @@ def test_variables_that_were_lost_in_a_run_whose_result_nobody_saw_are_told_by_t
 @pytest.mark.parametrize(
     "code",
     [
-        "import os, shutil; shutil.rmtree(os.environ['HOME']); os._exit(1)",
-        "import os, shutil; shutil.rmtree(os.path.dirname(os.environ['HOME'])); os._exit(1)",
+        *(pytest.param(code, marks=pytest.mark.needs("own_home")) for code in RUINS_OF_A_HOME),
         "import sys; sys.stdout = sys.stderr = None",
         "import os; os.close(0); os.close(1); os.close(2)",
         "import sys; sys.modules.clear()",
@@ -226,7 +231,7 @@ def test_what_was_shown_before_os_exit_is_kept(sandbox: Sandbox) -> None:
     assert [r.text for r in result.results] == ["'shown'"]
 
 
-@pytest.mark.needs("own_process")
+@pytest.mark.needs("last_words")
 @pytest.mark.slow
 def test_what_forked_children_printed_does_not_hide_what_was_printed_last(sandbox: Sandbox) -> None:
     result = sandbox.run_code(
@@ -305,7 +310,8 @@ def test_code_that_swallows_the_interrupt_is_killed_after_the_grace(make_sandbox
         f"while True:\n    try:\n        {BUSY}\n    except KeyboardInterrupt: print('no')"
     )
 
-    assert (result.status, result.stdout, result.state_preserved) == ("interrupted", "no", False)
+    assert (result.status, result.state_preserved) == ("interrupted", False)
+    assert set(result.stdout.splitlines()) == {"no"}  # a server interrupts what it restarts
     assert sandbox.run_code("1").text == "1"
 
 
@@ -379,7 +385,7 @@ def test_a_slow_callback_does_not_delay_the_timeout(sandbox: Sandbox) -> None:
     )
 
     assert result.status == "timed_out"
-    assert 0.9 < float(result.stdout.split()[1]) < 2.4
+    assert 0.5 < float(result.stdout.split()[1]) < 2.4
 
 
 @pytest.mark.slow
@@ -403,7 +409,9 @@ def test_raise_for_status_raises_what_fits_and_carries_the_result(sandbox: Sandb
 
 @pytest.mark.needs("own_process")
 def test_raise_for_status_of_a_death_is_a_connection_error(sandbox: Sandbox) -> None:
-    with pytest.raises(SandboxConnectionError, match="exited with code 3"):
+    with pytest.raises(
+        SandboxConnectionError, match=r"the kernel (exited with code 3|ended) while it ran the code"
+    ):
         sandbox.run_code("import os; os._exit(3)").raise_for_status()
 
 

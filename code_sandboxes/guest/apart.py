@@ -24,6 +24,10 @@ PARTS = (
 )
 
 
+# What else a kernel gets that somebody else has started.
+EXTRAS = ("launch", "envelopes")
+
+
 def boot(sources: Mapping[str, str]) -> None:
     """Serve the functions of the guest in this kernel, which was started without.
 
@@ -33,7 +37,7 @@ def boot(sources: Mapping[str, str]) -> None:
     from IPython.core.getipython import get_ipython
 
     shell: Any = get_ipython()
-    parts = load(lambda name: compile(sources[name], "<" + PREFIX + name + ">", "exec", dont_inherit=True))
+    parts = load(lambda name: _compiled(sources, name))
     parts["comms"].install(shell.kernel, parts)
 
 
@@ -41,16 +45,20 @@ def set_up(given: Mapping[str, Any]) -> None:
     """Make of this kernel, which somebody else has started, what one is that we start.
 
     Args:
-        given: ``sources`` of the parts and of ``launch``, by name; ``env``, pairs of environment variables;
+        given: ``sources`` of the parts and of the extras, by name; ``env``, pairs of environment variables;
             ``cwd``, where its code begins, or None.
     """
+    from IPython.core.getipython import get_ipython
+
+    shell: Any = get_ipython()
     os: Any = sys.modules["os"]
     os.environ.update(given["env"])
     if given["cwd"] is not None:
         os.chdir(given["cwd"])
-    launch = ModuleType(PREFIX + "launch")
-    exec(compile(given["sources"]["launch"], "<" + launch.__name__ + ">", "exec"), vars(launch))
-    vars(launch)["improve"](copy)
+    extras = {name: _compiled(given["sources"], name) for name in EXTRAS}
+    launch, envelopes = (_execute(ModuleType(PREFIX + name), extras[name], vars(builtins)) for name in EXTRAS)
+    launch.improve(shell.kernel, copy)
+    envelopes.install(shell.kernel)
     boot(given["sources"])
 
 
@@ -76,7 +84,11 @@ def load(code_of: Callable[[str], CodeType]) -> dict[str, Any]:
         sys.modules.update(kept)
 
 
-def copy(name: str, own_builtins: dict[str, Any]) -> ModuleType:
+def _compiled(sources: Mapping[str, str], name: str) -> CodeType:
+    return compile(sources[name], "<" + PREFIX + name + ">", "exec", dont_inherit=True)
+
+
+def copy(name: str, own_builtins: dict[str, Any]) -> Any:
     """A module of the standard library once more, with these built-in names."""
     spec = _find(name)
     module = ModuleType(name)
@@ -95,7 +107,7 @@ def _find(name: str) -> ModuleSpec:
     raise ImportError(name)
 
 
-def _execute(module: ModuleType, code: CodeType, own_builtins: dict[str, Any]) -> ModuleType:
+def _execute(module: Any, code: CodeType, own_builtins: dict[str, Any]) -> Any:
     vars(module)["__builtins__"] = own_builtins
     exec(code, vars(module))
     return module

@@ -351,9 +351,13 @@ def ignore_interrupts_here_only(application: Any) -> None:
     """Let what is started between two cells, a command, react to SIGINT: what is ignored is inherited."""
 
     def init_signal(self: Any) -> None:
-        signal.signal(signal.SIGINT, lambda signum, frame: None)
+        signal.signal(signal.SIGINT, do_nothing)
 
     application.init_signal = init_signal
+
+
+def do_nothing(signum: int, frame: FrameType | None) -> None:
+    """What a signal does that is heeded while code runs only."""
 
 
 def keep_json(copy: Callable[[str, dict[str, Any]], ModuleType]) -> None:
@@ -517,10 +521,11 @@ def use_own_packages() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(folders)
 
 
-def improve(copy: Callable[[str, dict[str, Any]], ModuleType]) -> None:
+def improve(kernel: Any, copy: Callable[[str, dict[str, Any]], ModuleType]) -> None:
     """Change what can be changed in a kernel that is up already, of all that :func:`main` changes.
 
     Args:
+        kernel: which answers a request just now.
         copy: of ``apart.py``.
     """
     from ipykernel import kernelbase
@@ -532,7 +537,10 @@ def improve(copy: Callable[[str, dict[str, Any]], ModuleType]) -> None:
     keep_json(copy)
     if can_interrupt_only_code(kernelbase) and threading.current_thread() is threading.main_thread():
         interrupt_only_code(kernelbase)
+        kernel.saved_sigint_handler = do_nothing  # what is put in place after the request
     publish_sooner(None)
+    for stream in (sys.stdout, sys.stderr):  # what IPython has put back after a cell was their old one
+        vars(stream).pop("write", None)
 
 
 def can_interrupt_only_code(kernelbase: Any) -> bool:

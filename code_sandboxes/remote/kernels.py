@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from code_sandboxes.errors import SandboxConnectionError
+from code_sandboxes.guest.envelopes import ENVELOPES
 from code_sandboxes.kernel_process import Prologue
+from code_sandboxes.protocol.envelopes import opened
 from code_sandboxes.protocol.events import Streamed
 from code_sandboxes.protocol.messages import Message
+from code_sandboxes.protocol.wire import MalformedMessageError
 from code_sandboxes.remote.server import JupyterServer, KernelModel
 from code_sandboxes.transports.loop import Loop, Timer
 from code_sandboxes.transports.websocket import WebSocketTransport
@@ -228,6 +231,9 @@ class RemoteKernel:
             return
         if message.channel == "iopub" and self._is_of_the_server(message):
             return
+        if message.msg_type == "comm_msg" and message.content.get("comm_id") == ENVELOPES:
+            self._open_envelope(message, receive)
+            return
         session = message.header.get("session")
         if isinstance(session, str) and session not in ("", self._identity):
             if self._kernel_session not in ("", session):
@@ -236,6 +242,18 @@ class RemoteKernel:
                 return
             self._kernel_session = session
         receive(message)
+
+    def _open_envelope(self, envelope: Message, receive: Callable[[Message], None]) -> None:
+        try:
+            messages = opened(envelope)
+        except MalformedMessageError as error:
+            _log.debug("dropped an envelope: %s", error)
+            if self._transport is not None:
+                self._transport.dropped[error.reason] += 1
+            return
+        for message in messages:
+            if not self._is_over:
+                receive(message)
 
     def _is_of_the_server(self, message: Message) -> bool:
         """Does it tell of the kernel, and is nobody's output? Then it is heeded here."""

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
     from code_sandboxes.snapshots import Snapshot, Store
 
-__all__ = ["Audience", "ContextSpec", "Record", "Variant"]
+__all__ = ["MAX_OUTPUT", "Audience", "ContextSpec", "Record", "Variant", "max_output_of"]
+
+MAX_OUTPUT = 256 * 1024**2
+"""Bytes of output that a run keeps, if nobody says otherwise."""
 
 
 # As many as there may be of variables (guest/namespace.py), where nothing else bounds them.
@@ -269,3 +272,17 @@ class Variant(ABC):
     def refuse(self, setting: str, reason: str) -> SandboxConfigurationError:
         """The error that says that *setting* cannot be honoured."""
         return SandboxConfigurationError(f"{self.name} cannot {setting}: {reason}")
+
+
+def max_output_of(options: Mapping[str, object]) -> int:
+    """The option of that name, or its default.
+
+    Raises:
+        SandboxConfigurationError: it is no number of bytes.
+    """
+    value = options.get("max_output")
+    if value is None:
+        return MAX_OUTPUT
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise SandboxConfigurationError(f"max_output must be a positive number of bytes, not {value!r}")
+    return value

@@ -260,6 +260,8 @@ def _capabilities(why_not: str, why_no_system_packages: str) -> Capabilities:
         languages=_PYTHON,
         contexts=here,
         own_process=here,
+        last_words=here,
+        own_home=here,
         environment=here,
         magics=here,
         interrupt_blocked=here,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from code_sandboxes.info import NO_SYSTEM_PACKAGES, Capabilities, Capability, SandboxVariant
 from code_sandboxes.inprocess.kernel import InProcessKernel
-from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant
+from code_sandboxes.variants.base import MAX_OUTPUT, Audience, ContextSpec, Record, Variant
 from code_sandboxes.variants.lifetimes import Lifetime
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class LocalEval(Variant):
             languages=_PYTHON,
             contexts=yes,
             own_process=no,
+            last_words=no,
+            own_home=no,
             environment=process_wide,
             magics=Capability(False, "its code is plain Python, with top-level await; use local-jupyter"),
             interrupt_blocked=Capability(
@@ -89,7 +91,7 @@ class LocalEval(Variant):
 
     @property
     def max_output(self) -> int:
-        return 256 * 1024**2
+        return MAX_OUTPUT
 
     def kernel_name(self, language: str | None) -> str:
         if language is not None and language.lower() not in _PYTHON:

@@ -17,7 +17,7 @@ from code_sandboxes.info import Capabilities, Capability, SandboxVariant
 from code_sandboxes.remote.kernels import RemoteContext, RemoteKernel
 from code_sandboxes.remote.rest import Place
 from code_sandboxes.remote.server import JupyterServer, KernelModel, KernelSpec, is_kernel_id
-from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant
+from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant, max_output_of
 from code_sandboxes.variants.lifetimes import Lifetime
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["JupyterGateway"]
 
 _SERVERS = "that is the server's business; local-docker and local-jupyter can do it on this machine"
-_MAX_OUTPUT = 256 * 1024**2
 
 # Whoever asks with a shorter patience than the server's own may leave a kernel that nobody knows of.
 _LEAST_TO_START = 40.0
@@ -37,13 +36,14 @@ class JupyterGateway(Variant):
 
     name = SandboxVariant.JUPYTER_GATEWAY
     options: ClassVar[frozenset[str]] = frozenset(
-        {"hub_url", "kernel_id", "kernel_name", "path", "server_url", "token"}
+        {"hub_url", "kernel_id", "kernel_name", "max_output", "path", "server_url", "token"}
     )
     is_reached_by_id = True
 
     def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         super().__init__(config, options)
-        for name in self.options:
+        self._max_output = max_output_of(options)
+        for name in self.options - {"max_output"}:
             check_str(name, options.get(name))
         self._refuse_what_cannot_be(config)
         self._wanted_kernel, self._wanted_id = _given(options, "kernel_name"), _given(options, "kernel_id")
@@ -92,6 +92,8 @@ class JupyterGateway(Variant):
             languages=("python",),
             contexts=yes,
             own_process=yes,
+            last_words=Capability(False, "no server tells how a kernel has died, or what it printed last"),
+            own_home=Capability(False, "its kernels have the home of the server, and share it"),
             environment=yes,
             magics=yes,
             interrupt_blocked=yes,
@@ -121,7 +123,7 @@ class JupyterGateway(Variant):
 
     @property
     def max_output(self) -> int:
-        return _MAX_OUTPUT
+        return self._max_output
 
     @property
     def metadata(self) -> Mapping[str, object]:

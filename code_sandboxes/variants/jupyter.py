@@ -138,6 +138,8 @@ def _capabilities(isolation: Method) -> Capabilities:
         languages=tuple(known_languages()),
         contexts=yes,
         own_process=yes,
+        last_words=yes,
+        own_home=yes,
         environment=yes,
         magics=yes,
         interrupt_blocked=yes,

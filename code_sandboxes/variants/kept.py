@@ -15,7 +15,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from code_sandboxes.errors import (
-    SandboxConfigurationError,
     SandboxConnectionError,
     SandboxError,
     SandboxNotFoundError,
@@ -31,7 +30,7 @@ from code_sandboxes.keeper.client import (
 )
 from code_sandboxes.network_info import NetworkAttempt
 from code_sandboxes.transports.loop import the_loop
-from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant
+from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant, max_output_of
 from code_sandboxes.variants.folders import check_length, runtime_root
 from code_sandboxes.variants.kept_kernel import KeptKernel, Kernels
 
@@ -43,8 +42,6 @@ __all__ = ["Kept", "ipykernel_version"]
 # Of what the keeper says of a sandbox.
 _METADATA = ("programs", "detached", "paused", "kernels", "container", "jupyter_server")
 
-_MAX_OUTPUT = 256 * 1024**2
-
 
 class Kept(Variant):
     """A variant whose kernels the keeper owns."""
@@ -54,7 +51,7 @@ class Kept(Variant):
     def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         super().__init__(config, options)
         self._check(config, options)
-        self._max_output = _bytes("max_output", options.get("max_output"), default=_MAX_OUTPUT)
+        self._max_output = max_output_of(options)
         self._options = options
         self._keeper = _keeper()
         # It takes a while to start: it does so meanwhile.
@@ -400,11 +397,3 @@ def _record_of(description: Mapping[str, Any]) -> Record:
 def ipykernel_version() -> int:
     """The major version of the one that is installed here; a kernelspec may mean another one."""
     return int(version("ipykernel").partition(".")[0])
-
-
-def _bytes(name: str, value: object, *, default: int) -> int:
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise SandboxConfigurationError(f"{name} must be a positive number of bytes, not {value!r}")
-    return value
