@@ -4,8 +4,10 @@ A test that asks for ``sandbox`` runs once for each variant that ``--variant`` n
 can do what the test needs, and in a module that says ``EVERY_FRONT = True`` through each front. In a module
 that says ``FAST_VARIANT = "..."`` the other variants are for the whole suite only. In one that says
 ``ISOLATED = True`` sandboxes are isolated where this machine can do that. One that says
-``IN_A_CONTAINER = True`` is run on local-docker, too, through one front. What cannot run here is skipped
-with its reason, and all reasons are told again at the end.
+``IN_A_CONTAINER = True`` is run on local-docker, too, through one front, and one that says
+``AT_DATALAYER = True`` on datalayer-runtime, against a service on this machine; the others are only if
+``--variant`` names that. What cannot run here is skipped with its reason, and all reasons are told again at
+the end.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import pytest
 from code_sandboxes import Capabilities, Sandbox, SandboxVariant
 from code_sandboxes.isolation.probe import probe
 from code_sandboxes.keeper import client
+from tests.datalayer_service import DatalayerService, Knobs
 from tests.fronts import FRONTS, create
 from tests.servers import JupyterHub
 
@@ -39,6 +42,12 @@ SERVERS = {
     "jupyter-server": "jupyter_server",
     "jupyterhub": "jupyter_hub",
     "kernel-gateway": "kernel_gateway",
+}
+
+# Variants whose kernels are on a server, and the fixtures of the settings that lead there.
+SERVED: dict[str, str] = {
+    SandboxVariant.JUPYTER_GATEWAY: "gateway",
+    SandboxVariant.DATALAYER_RUNTIME: "datalayer",
 }
 
 pytest_plugins = ["tests.server_fixtures"]
@@ -69,7 +78,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
-        chosen = metafunc.config.getoption("--variant") or list(SandboxVariant)
+        chosen = metafunc.config.getoption("--variant") or _variants(metafunc.module)
         fast = getattr(metafunc.module, "FAST_VARIANT", None)
         slow = {
             str(v) for v in chosen if fast not in (None, v) and metafunc.config.getoption("--variant") is None
@@ -88,6 +97,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("front", [pytest.param(f, marks=marks[f]) for f in fronts], scope="session")
 
 
+def _variants(module: object) -> list[SandboxVariant]:
+    """Those that the tests of *module* are for, if nobody says otherwise."""
+    at_datalayer = getattr(module, "AT_DATALAYER", False)
+    return [
+        variant for variant in SandboxVariant if at_datalayer or variant != SandboxVariant.DATALAYER_RUNTIME
+    ]
+
+
 @cache
 def why_no_containers() -> str:
     """Why there are none on this machine; empty if there are."""
@@ -96,7 +113,7 @@ def why_no_containers() -> str:
 
 def _marks(variant: SandboxVariant | str, is_slow: bool) -> list[pytest.MarkDecorator]:
     # A container takes a second to start. What is special about it, or a server, has modules of its own.
-    elsewhere = (SandboxVariant.LOCAL_DOCKER, SandboxVariant.JUPYTER_GATEWAY)
+    elsewhere = (SandboxVariant.LOCAL_DOCKER, *SERVED)
     marks = [pytest.mark.slow] if is_slow or variant in elsewhere else []
     if variant == SandboxVariant.LOCAL_DOCKER and (reason := why_no_containers()):
         marks.append(pytest.mark.skipif(not REQUIRES_CONTAINERS, reason=f"NO CONTAINERS: {reason}"))
@@ -124,7 +141,7 @@ def _can_run(item: pytest.Item) -> bool:
             or any(name.startswith("languages.") for name in needed)
         )
         return not is_left_out
-    if callspec.params["variant"] == SandboxVariant.JUPYTER_GATEWAY and (
+    if callspec.params["variant"] in SERVED and (
         "install_kernel" in getattr(item, "fixturenames", ())  # on this machine
         or item.get_closest_marker("not_on_a_server") is not None
     ):
@@ -185,8 +202,8 @@ def isolation(request: pytest.FixtureRequest, variant: str) -> dict[str, object]
     """The setting that says which isolation the test's sandboxes have; nothing where there is no choice."""
     seen_from_here = request.node.get_closest_marker("from_this_machine") is not None
     is_isolated = getattr(request.module, "ISOLATED", False) and not seen_from_here
-    if variant == SandboxVariant.JUPYTER_GATEWAY:
-        settings: dict[str, object] = request.getfixturevalue("gateway")
+    if variant in SERVED:
+        settings: dict[str, object] = request.getfixturevalue(SERVED[variant])
         return settings
     if variant == SandboxVariant.LOCAL_DOCKER and not is_isolated:
         shared = _shared_with_containers(request)
@@ -200,8 +217,16 @@ def isolation(request: pytest.FixtureRequest, variant: str) -> dict[str, object]
 def gateway(request: pytest.FixtureRequest) -> dict[str, object]:
     """The settings that lead jupyter-gateway to the server that ``--server`` names."""
     server = request.getfixturevalue(SERVERS[request.config.getoption("--server")])
-    where = "hub_url" if isinstance(server, JupyterHub) else "server_url"
-    return {where: server.url, "token": server.token}
+    os.environ["JUPYTER_TOKEN"] = server.token  # for from_id(), in other programs too
+    return {"server_url": _single_user_server(server) if isinstance(server, JupyterHub) else server.url}
+
+
+def _single_user_server(hub: JupyterHub) -> str:
+    """The URL of one that is started for all tests: each would take seconds to start another."""
+    hub.user_token("tests")
+    hub.request("POST", "/hub/api/users/tests/server").raise_for_status()
+    wait_until(lambda: hub.request("GET", "/hub/api/users/tests").json()["servers"][""]["ready"], 60)
+    return f"{hub.url}/user/tests"
 
 
 def _shared_with_containers(request: pytest.FixtureRequest) -> str:
@@ -241,8 +266,8 @@ def shared_sandboxes(
     request: pytest.FixtureRequest, variant: str, front: str, runtime_folder: Path
 ) -> Iterator[dict[object, Sandbox]]:
     """By isolation; gone before those of another variant or front come."""
-    if variant == SandboxVariant.JUPYTER_GATEWAY:
-        request.getfixturevalue("gateway")  # which has to be there when they end
+    if variant in SERVED:
+        request.getfixturevalue(SERVED[variant])  # it has to be there when they end
     made: dict[object, Sandbox] = {}
     yield made
     for sandbox in made.values():

@@ -25,7 +25,9 @@ from code_sandboxes.file_info import FileInfo, FileType, FileWatchEvent, FileWat
 from code_sandboxes.info import (
     Capabilities,
     Capability,
+    GPUType,
     ResourceConfig,
+    SandboxEnvironment,
     SandboxInfo,
     SandboxStatus,
     SandboxVariant,
@@ -46,6 +48,7 @@ from code_sandboxes.results import (
 )
 from code_sandboxes.sandbox import (
     CodeStream,
+    DatalayerSandbox,
     JupyterGatewaySandbox,
     LocalDockerSandbox,
     LocalEvalSandbox,
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from code_sandboxes.async_files import AsyncFileWatcher, AsyncSandboxFileHandle, AsyncSandboxFilesystem
     from code_sandboxes.async_sandbox import (
         AsyncCodeStream,
+        AsyncDatalayerSandbox,
         AsyncJupyterGatewaySandbox,
         AsyncLocalDockerSandbox,
         AsyncLocalEvalSandbox,
@@ -73,6 +77,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncCodeStream",
+    "AsyncDatalayerSandbox",
     "AsyncFileWatcher",
     "AsyncJupyterGatewaySandbox",
     "AsyncLocalDockerSandbox",
@@ -92,6 +97,7 @@ __all__ = [
     "CommandResult",
     "Context",
     "ContextNotFoundError",
+    "DatalayerSandbox",
     "ExecutionError",
     "ExecutionResult",
     "ExecutionStatus",
@@ -100,6 +106,7 @@ __all__ = [
     "FileWatchEvent",
     "FileWatchEventType",
     "FileWatcher",
+    "GPUType",
     "InputRequest",
     "JupyterGatewaySandbox",
     "LocalDockerSandbox",
@@ -121,6 +128,7 @@ __all__ = [
     "SandboxConfig",
     "SandboxConfigurationError",
     "SandboxConnectionError",
+    "SandboxEnvironment",
     "SandboxError",
     "SandboxExecutionError",
     "SandboxFileHandle",
@@ -154,6 +162,7 @@ _ON_USE = {
     "async_commands": ("AsyncProcessHandle", "AsyncProcessLines", "AsyncSandboxCommands"),
     "async_sandbox": (
         "AsyncCodeStream",
+        "AsyncDatalayerSandbox",
         "AsyncJupyterGatewaySandbox",
         "AsyncLocalDockerSandbox",
         "AsyncLocalEvalSandbox",

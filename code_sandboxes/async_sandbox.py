@@ -23,8 +23,8 @@ from code_sandboxes import package_operations, snapshot_operations, variable_ope
 from code_sandboxes.async_commands import AsyncSandboxCommands
 from code_sandboxes.async_files import AsyncSandboxFilesystem
 from code_sandboxes.awaiting import documented_by as _documented_by, drive, resumption
-from code_sandboxes.front import Front, finding, known_variant, listing
-from code_sandboxes.info import SandboxInfo, SandboxStatus, SandboxVariant
+from code_sandboxes.front import Front, finding, known_variant, listing, listing_environments
+from code_sandboxes.info import GPUType, SandboxEnvironment, SandboxInfo, SandboxStatus, SandboxVariant
 from code_sandboxes.network_info import NetworkAttempt
 from code_sandboxes.process_info import CommandResult
 from code_sandboxes.results import (
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncCodeStream",
+    "AsyncDatalayerSandbox",
     "AsyncJupyterGatewaySandbox",
     "AsyncLocalDockerSandbox",
     "AsyncLocalEvalSandbox",
@@ -72,7 +73,7 @@ class AsyncSandbox(Front):
         timeout: float | None = None,
         name: str | None = None,
         environment: str | None = None,
-        gpu: str | None = None,
+        gpu: GPUType | str | None = None,
         cpu: float | None = None,
         memory: int | None = None,
         env: Mapping[str, str] | None = None,
@@ -111,6 +112,13 @@ class AsyncSandbox(Front):
         variant: SandboxVariant | str | None = None, tags: Mapping[str, str] | None = None
     ) -> builtins.list[SandboxInfo]:
         return await drive(listing(variant, tags))
+
+    @staticmethod
+    @_documented_by(Sandbox.list_environments)
+    async def list_environments(
+        variant: SandboxVariant | str | None = None, **options: object
+    ) -> builtins.list[SandboxEnvironment]:
+        return await drive(listing_environments(variant, options))
 
     def __reduce__(self) -> tuple[Callable[[str], AsyncSandbox], tuple[str]]:
         self._core.check_running()
@@ -344,9 +352,16 @@ class AsyncJupyterGatewaySandbox(AsyncSandbox):
     _variant = SandboxVariant.JUPYTER_GATEWAY
 
 
+class AsyncDatalayerSandbox(AsyncSandbox):
+    """Kernels in a runtime of Datalayer's cloud."""
+
+    _variant = SandboxVariant.DATALAYER_RUNTIME
+
+
 _CLASSES = {
     each._variant: each
     for each in (
+        AsyncDatalayerSandbox,
         AsyncJupyterGatewaySandbox,
         AsyncLocalDockerSandbox,
         AsyncLocalEvalSandbox,

@@ -9,16 +9,33 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from code_sandboxes.checks import check_environment, check_number, check_str, check_str_mapping
-from code_sandboxes.info import Capabilities, ResourceConfig, SandboxInfo, SandboxStatus, SandboxVariant
+from code_sandboxes.errors import SandboxNotFoundError
+from code_sandboxes.info import (
+    Capabilities,
+    GPUType,
+    ResourceConfig,
+    SandboxEnvironment,
+    SandboxInfo,
+    SandboxStatus,
+    SandboxVariant,
+)
 from code_sandboxes.operations import Core, find, find_all
 from code_sandboxes.results import Logs
-from code_sandboxes.steps import Operation
+from code_sandboxes.steps import Operation, in_worker
 from code_sandboxes.variants.base import Record, Variant
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
-__all__ = ["Front", "finding", "info_of", "known_variant", "listing", "variant_class"]
+__all__ = [
+    "Front",
+    "finding",
+    "info_of",
+    "known_variant",
+    "listing",
+    "listing_environments",
+    "variant_class",
+]
 
 FrontT = TypeVar("FrontT", bound="Front")
 
@@ -38,7 +55,7 @@ class Front:
         timeout: float | None = None,
         name: str | None = None,
         environment: str | None = None,
-        gpu: str | None = None,
+        gpu: GPUType | str | None = None,
         cpu: float | None = None,
         memory: int | None = None,
         env: Mapping[str, str] | None = None,
@@ -73,9 +90,9 @@ class Front:
         variant = variant_class(self._variant)(settings, options)
         origin = None
         if snapshot_name is not None:
-            from code_sandboxes.snapshot_operations import Restoring
+            from code_sandboxes.snapshot_operations import origin_of
 
-            origin = Restoring(variant, snapshot_name)
+            origin = origin_of(variant, snapshot_name)
         self._core = Core(variant, settings, name, check_str_mapping("tags", tags), origin)
 
     @staticmethod
@@ -168,17 +185,20 @@ def info_of(variant: SandboxVariant, record: Record, config: SandboxConfig) -> S
 
 
 def finding(sandbox_id: str, options: Mapping[str, object]) -> Operation[Core]:
-    """Finds the sandbox of that id, which tells its variant.
+    """Finds the sandbox of that id, which tells its variant; one that tells none is Datalayer's.
 
     Raises:
         TypeError: it is not a str.
+        SandboxNotFoundError: it begins with something else than a variant.
     """
     if not isinstance(sandbox_id, str):
         raise TypeError(f"id must be a str, not {type(sandbox_id).__name__}")
-    prefix = str(sandbox_id).partition(":")[0]
-    return find(
-        variant_class(SandboxVariant(prefix)) if prefix in list(SandboxVariant) else None, sandbox_id, options
-    )
+    prefix, colon, _ = str(sandbox_id).partition(":")
+    if not colon:
+        return find(variant_class(SandboxVariant.DATALAYER_RUNTIME), sandbox_id, options)
+    if prefix not in list(SandboxVariant):
+        raise SandboxNotFoundError(f"no sandbox {sandbox_id!r}: ids begin with the name of a variant")
+    return find(variant_class(SandboxVariant(prefix)), sandbox_id, options)
 
 
 def listing(
@@ -196,6 +216,19 @@ def listing(
     return [info_of(each.name, record, SandboxConfig(**record.settings)) for each, record in found]
 
 
+def listing_environments(
+    variant: SandboxVariant | str | None, options: Mapping[str, object]
+) -> Operation[list[SandboxEnvironment]]:
+    """Finds what sandboxes of *variant* can be made of.
+
+    Raises:
+        ValueError: there is no such variant.
+        SandboxConfigurationError: it has no environments.
+    """
+    found = variant_class(known_variant(variant))
+    return in_worker(lambda: found.environments(options), apart=True)
+
+
 def known_variant(variant: SandboxVariant | str | None) -> SandboxVariant:
     """The variant of that name, or the default one.
 
@@ -203,12 +236,17 @@ def known_variant(variant: SandboxVariant | str | None) -> SandboxVariant:
         ValueError: there is none of that name.
     """
     if variant is None:
-        variant = os.environ.get("CODE_SANDBOXES_VARIANT") or SandboxVariant.LOCAL_JUPYTER
+        variant = os.environ.get("CODE_SANDBOXES_VARIANT") or _default_variant()
     try:
         return SandboxVariant(variant)
     except ValueError:
         known = ", ".join(sorted(SandboxVariant))
         raise ValueError(f"no sandbox variant {str(variant)!r} (known: {known})") from None
+
+
+def _default_variant() -> SandboxVariant:
+    has_account = bool(os.environ.get("DATALAYER_API_KEY"))
+    return SandboxVariant.DATALAYER_RUNTIME if has_account else SandboxVariant.LOCAL_JUPYTER
 
 
 def variant_class(variant: SandboxVariant) -> type[Variant]:
@@ -225,6 +263,10 @@ def variant_class(variant: SandboxVariant) -> type[Variant]:
         from code_sandboxes.variants.gateway import JupyterGateway
 
         return JupyterGateway
+    if variant is SandboxVariant.DATALAYER_RUNTIME:
+        from code_sandboxes.variants.datalayer import DatalayerRuntime
+
+        return DatalayerRuntime
     from code_sandboxes.variants.jupyter import LocalJupyter
 
     return LocalJupyter

@@ -16,7 +16,9 @@ __all__ = [
     "NO_SYSTEM_PACKAGES",
     "Capabilities",
     "Capability",
+    "GPUType",
     "ResourceConfig",
+    "SandboxEnvironment",
     "SandboxInfo",
     "SandboxStatus",
     "SandboxVariant",
@@ -30,6 +32,23 @@ class SandboxVariant(Text):
     LOCAL_JUPYTER = "local-jupyter"
     LOCAL_DOCKER = "local-docker"
     JUPYTER_GATEWAY = "jupyter-gateway"
+    DATALAYER_RUNTIME = "datalayer-runtime"
+
+
+class GPUType(Text):
+    """For ``gpu=``, which takes any other type, too: the words of its name."""
+
+    T4 = "T4"
+    V100 = "V100"
+    L4 = "L4"
+    L40S = "L40S"
+    A10 = "A10"
+    A10G = "A10G"
+    A100 = "A100"
+    A100_80GB = "A100-80GB"
+    H100 = "H100"
+    H200 = "H200"
+    B200 = "B200"
 
 
 class SandboxStatus(Text):
@@ -58,6 +77,35 @@ class ResourceConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SandboxEnvironment:
+    """What a sandbox can be made of, by the name that ``environment=`` takes.
+
+    Args:
+        title: for people.
+        owner: whose it is.
+        visibility: to whom it is there: ``public``, say.
+        burning_rate: credits a second.
+        resources: as the service says it: ``{"cpu": "1", "memory": "2Gi", "nvidia.com/gpu": "1"}``.
+        cpu: number of CPUs; None if it is not told.
+        memory: bytes; None if it is not told.
+        gpus: number of GPUs.
+        description: may have HTML in it.
+    """
+
+    name: str
+    title: str
+    language: str
+    owner: str
+    visibility: str
+    burning_rate: float
+    resources: Mapping[str, str] = field(default_factory=dict)
+    cpu: float | None = None
+    memory: int | None = None
+    gpus: int = 0
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxInfo:
     """A sandbox as it is now.
 
@@ -69,7 +117,9 @@ class SandboxInfo:
             its kernels were not taken in, by why: ``{"forged": 3, "too large": 1}``; and of one that was made
             from a snapshot, ``snapshot`` is its name, and ``not_restored`` what of it is not there, with
             reasons: ``{"f": "it has code of Python 3.11, which Python 3.12 does not read"}``. Of a container,
-            ``jupyter_server`` is the URL of a Jupyter Server that serves its kernels.
+            ``jupyter_server`` is the URL of a Jupyter Server that serves its kernels. Of a runtime of
+            Datalayer, ``runtime``, ``uid``, ``environment``, ``burning_rate`` (credits a second) and
+            ``expires_at`` (seconds since the epoch) are what the service says of it.
     """
 
     id: str

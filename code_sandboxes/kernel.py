@@ -339,7 +339,7 @@ class Kernel:
             self._loop.call_later(_HANDSHAKE_RETRY, lambda: self._shake_hands_again(request))
 
     def _shaken_hands(self, event: Event) -> None:
-        if isinstance(event, Replied):
+        if isinstance(event, Replied) and self.info is None:
             self.info = _kernel_info(event.content)
         self._ready_if_complete()
 

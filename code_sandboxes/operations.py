@@ -23,13 +23,13 @@ from code_sandboxes.errors import (
     SandboxConfigurationError,
     SandboxConnectionError,
     SandboxError,
-    SandboxNotFoundError,
     SandboxNotStartedError,
 )
 from code_sandboxes.forks import in_forked_child
 from code_sandboxes.guest.calls import wire_path
 from code_sandboxes.guest.comms import SUBSHELLS, TARGET
 from code_sandboxes.guest_calls import Guest
+from code_sandboxes.guest_values import as_list, as_str
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.info import NO_SUBSHELLS, Capabilities, Capability, SandboxStatus
 from code_sandboxes.kernel import Ended, Kernel, Ready, StartFailed
@@ -157,9 +157,11 @@ class Core:
             self.rescheduled(self.config.max_lifetime)
         self.created_at = time.time()
         try:
-            yield from in_worker(self._prepare)
+            yield from in_worker(self._prepare, apart=self.variant.is_elsewhere)
             self.variant.warn()
             yield from self._started(self._default_context(None))
+            if self.config.gpu is not None and self.variant.is_elsewhere:
+                yield from self._check_gpus()
             if self._origin is not None:
                 yield from self._origin.restore(self)
         except BaseException:
@@ -173,6 +175,11 @@ class Core:
     def _prepare(self) -> None:
         record = replace(self.record(), time_left=self.config.max_lifetime or None)
         self.variant.prepare(record, self)
+
+    def _check_gpus(self) -> Operation[None]:
+        """Nobody else can tell what there is than code in it."""
+        answer = yield from self.guest().call("machine.gpus")
+        self.variant.check_gpus([as_str(model) for model in as_list(answer.value)])
 
     def _attach(self, record: Record) -> None:
         """Take up what another program made, or this one in an earlier life."""
@@ -742,9 +749,7 @@ def _leave_what_was_attached(core: Core | None, error: Exception | None) -> None
         drive_in_loop(the_loop(), core.program_ends(), log_failure)
 
 
-def find(
-    variant_class: type[Variant] | None, sandbox_id: str, options: Mapping[str, object]
-) -> Operation[Core]:
+def find(variant_class: type[Variant], sandbox_id: str, options: Mapping[str, object]) -> Operation[Core]:
     """The sandbox of that id: one of this process, or one that others made.
 
     Raises:
@@ -753,14 +758,16 @@ def find(
     core = _live_core(sandbox_id)
     if core is not None:
         return core
-    if variant_class is None:
-        raise SandboxNotFoundError(f"no sandbox {sandbox_id!r}: ids begin with the name of a variant")
-    found_class, made = variant_class, [False]
+    made = [False]
 
     def attach() -> Core:  # in the worker thread, where one is done after the other
         core = _live_core(sandbox_id)
         if core is None:
-            variant, record = found_class.attach(sandbox_id, options)
+            variant, record = variant_class.attach(sandbox_id, options)
+            core = _live_core(record.id)  # which may have been another name of it
+            if core is not None:
+                variant.detach(keep=True)
+                return core
             core = Core(variant, variant.config, record.name, record.tags)
             core._attach(record)
             made[0] = True

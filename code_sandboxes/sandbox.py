@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from code_sandboxes import operations, package_operations, variable_operations
 from code_sandboxes.blocking import advance, drive
 from code_sandboxes.errors import SandboxError
-from code_sandboxes.front import Front, finding, known_variant, listing
-from code_sandboxes.info import SandboxInfo, SandboxStatus, SandboxVariant
+from code_sandboxes.front import Front, finding, known_variant, listing, listing_environments
+from code_sandboxes.info import GPUType, SandboxEnvironment, SandboxInfo, SandboxStatus, SandboxVariant
 from code_sandboxes.network_info import NetworkAttempt
 from code_sandboxes.process_info import CommandResult
 from code_sandboxes.results import (
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CodeStream",
+    "DatalayerSandbox",
     "JupyterGatewaySandbox",
     "LocalDockerSandbox",
     "LocalEvalSandbox",
@@ -67,7 +68,7 @@ class Sandbox(Front):
         timeout: float | None = None,
         name: str | None = None,
         environment: str | None = None,
-        gpu: str | None = None,
+        gpu: GPUType | str | None = None,
         cpu: float | None = None,
         memory: int | None = None,
         env: Mapping[str, str] | None = None,
@@ -80,12 +81,13 @@ class Sandbox(Front):
         """A running sandbox.
 
         Args:
-            variant: where; by default what ``CODE_SANDBOXES_VARIANT`` says, else ``local-jupyter``.
+            variant: where; by default what ``CODE_SANDBOXES_VARIANT`` says, else ``datalayer-runtime`` if
+                there is a ``DATALAYER_API_KEY``, else ``local-jupyter``.
             config: settings; the parameters below override the same setting.
             timeout: seconds that a run may take; 0 for no limit.
             name: for people.
-            environment: a prepared environment, where the variant has some.
-            gpu: its type.
+            environment: a prepared environment, where the variant has some, see :meth:`list_environments`.
+            gpu: its type: a :class:`GPUType`, or the words of another one.
             cpu: number of CPUs.
             memory: MiB.
             env: environment variables; the program's own are not passed on.
@@ -101,6 +103,9 @@ class Sandbox(Front):
             SandboxConfigurationError: the variant cannot honour a setting.
             SandboxConnectionError: its kernel did not start; what it said is in the message.
             SandboxSnapshotError: there is no such snapshot, or it cannot be restored.
+            SandboxAuthenticationError: a server does not take the token, or wants one.
+            SandboxQuotaExceededError: there are as many as there may be, or no credits for it.
+            SandboxResourceError: what was asked for is not to be had now, or is not what came.
         """
         sandbox = _CLASSES[known_variant(variant)](
             config=config,
@@ -144,12 +149,29 @@ class Sandbox(Front):
 
         Args:
             variant: only of this one.
-            tags: only those that have all of these.
+            tags: only those that have all of these. Datalayer keeps none: of its runtimes, those of this
+                program alone have any here.
 
         Raises:
             ValueError: there is no such variant.
         """
         return drive(listing(variant, tags))
+
+    @staticmethod
+    def list_environments(
+        variant: SandboxVariant | str | None = None, **options: object
+    ) -> builtins.list[SandboxEnvironment]:
+        """What ``environment=`` can choose from.
+
+        Args:
+            variant: by default the same as in :meth:`create`.
+            options: credentials, where the variant needs them.
+
+        Raises:
+            ValueError: there is no such variant.
+            SandboxConfigurationError: it has no environments.
+        """
+        return drive(listing_environments(variant, options))
 
     def __reduce__(self) -> tuple[Callable[[str], Sandbox], tuple[str]]:
         self._core.check_running()
@@ -511,6 +533,12 @@ class JupyterGatewaySandbox(Sandbox):
     _variant = SandboxVariant.JUPYTER_GATEWAY
 
 
+class DatalayerSandbox(Sandbox):
+    """Kernels in a runtime of Datalayer's cloud."""
+
+    _variant = SandboxVariant.DATALAYER_RUNTIME
+
+
 class CodeStream:
     """What a run produces: ``OutputMessage``, ``Result`` and ``ExecutionError``, live and in order.
 
@@ -568,7 +596,13 @@ class CodeStream:
 
 _CLASSES = {
     each._variant: each
-    for each in (JupyterGatewaySandbox, LocalDockerSandbox, LocalEvalSandbox, LocalJupyterSandbox)
+    for each in (
+        DatalayerSandbox,
+        JupyterGatewaySandbox,
+        LocalDockerSandbox,
+        LocalEvalSandbox,
+        LocalJupyterSandbox,
+    )
 }
 
 

@@ -580,6 +580,7 @@ def test_code_that_has_broken_what_everybody_uses_breaks_no_command(sandbox: San
 
 
 @pytest.mark.slow
+@pytest.mark.not_on_a_server("what its kernels have started outlives them there")
 @pytest.mark.needs("own_process")
 def test_the_end_of_the_kernel_is_told_to_whoever_waits_for_a_command(sandbox: Sandbox, mark: str) -> None:
     process = sandbox.commands.spawn(f"echo on; sleep {mark}")
@@ -686,7 +687,9 @@ def test_output_that_cannot_be_is_not_believed(data: object, buffers: list[bytes
 
 @pytest.mark.not_in_a_container("they are not this machine")
 def test_system_packages_are_not_installed_on_this_machine(commands: SandboxCommands) -> None:
-    with pytest.raises(SandboxConfigurationError, match="on this machine itself; use local-docker"):
+    with pytest.raises(
+        SandboxConfigurationError, match=r"on (this machine itself|the server); use local-docker"
+    ):
         commands.install_system_packages(["curl"])
 
 

@@ -30,6 +30,7 @@ def test_ipykernel_still_has_what_the_launcher_changes() -> None:
     assert "_execute_sleep" in Kernel.class_trait_names(config=True)
 
 
+@pytest.mark.not_on_a_server("it is started by others")
 def test_the_kernel_is_tuned(shared_sandbox: Sandbox) -> None:
     result = shared_sandbox.run_code(
         "import sys; k = get_ipython().kernel\n"
@@ -40,6 +41,7 @@ def test_the_kernel_is_tuned(shared_sandbox: Sandbox) -> None:
     assert result.stdout == "0.0 0.005 False 0"
 
 
+@pytest.mark.not_on_a_server("its event loop runs already when it is changed")
 def test_an_interrupt_that_reaches_the_event_loop_does_not_end_the_kernel(sandbox: Sandbox) -> None:
     result = sandbox.run_code(
         "kept = 1\n"

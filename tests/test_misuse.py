@@ -205,6 +205,7 @@ UNKNOWN_LANGUAGE = {
     "local-docker": "local-docker only runs the Python of its image, not the language 'cobol'",
     "local-eval": "local-eval only supports Python, not the language 'cobol'",
     "local-jupyter": rf"no kernel for the language 'cobol' \(installed: {KERNELS}.*\)",
+    "jupyter-gateway": r"no kernel for the language 'cobol' \(installed: .*python, python3\)",
 }
 
 

@@ -178,7 +178,7 @@ class Rest:
         if answer.status == 401 or (answer.status == 403 and not _is_limit(answer)):
             raise SandboxAuthenticationError(f"{self.what} {self._why_refused(answer)}")
         if answer.status == 403:
-            raise SandboxQuotaExceededError(f"{self.what}: {self._without_token(answer.reason())}")
+            raise SandboxQuotaExceededError(f"{self.what}: {self.reason(answer)}")
         if 300 <= answer.status < 400:
             raise SandboxAuthenticationError(
                 f"{self.what} sends who asks to another page, as it does with who has not logged in"
@@ -198,9 +198,13 @@ class Rest:
             raise self.error(answer, f"{verb} {path}")
         return answer
 
+    def reason(self, answer: Answer) -> str:
+        """What it says in *answer* about itself, in a line that can be told."""
+        return self._without_token(answer.reason())
+
     def error(self, answer: Answer, what: str) -> HttpError:
         """That *answer* to *what* was not the one that was hoped for."""
-        reason = self._without_token(answer.reason())
+        reason = self.reason(answer)
         return HttpError(
             f"{self.what} answered {what} with the HTTP status {answer.status}"
             + f": {reason}" * bool(reason),
@@ -213,7 +217,7 @@ class Rest:
     def _why_refused(self, answer: Answer) -> str:
         if not self._token:
             return "wants a token, and none was given: pass token="
-        reason = self._without_token(answer.reason())
+        reason = self.reason(answer)
         # What Jupyter says to a write that has neither a known token nor a form's secret.
         said = f" ({reason})" if reason and "_xsrf" not in reason else ""
         return f"does not take this token, or not for that{said}"
@@ -285,7 +289,7 @@ def _host_of(parts: SplitResult, port: int | None) -> str:
 
 def _is_limit(answer: Answer) -> bool:
     """Is a 403 about how much there is already? Kernel Gateway and Enterprise Gateway mean that, too."""
-    return "limit" in answer.reason().lower()
+    return any(word in answer.reason().lower() for word in ("limit", "quota"))
 
 
 def _cause(error: BaseException) -> str:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from code_sandboxes.errors import SandboxConfigurationError, SandboxNotFoundError
-from code_sandboxes.info import Capabilities, SandboxVariant
+from code_sandboxes.info import Capabilities, SandboxEnvironment, SandboxVariant
 from code_sandboxes.kernel_process import KernelProcess
 from code_sandboxes.network_info import NetworkAttempt
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
-    from code_sandboxes.snapshots import Snapshot, Store
+    from code_sandboxes.snapshots import Shelf, Snapshot, Store
 
 __all__ = ["MAX_OUTPUT", "Audience", "ContextSpec", "Record", "Variant", "max_output_of"]
 
@@ -107,6 +107,9 @@ class Variant(ABC):
     is_reached_by_id: ClassVar[bool] = False
     """Other programs can use its sandboxes if they are told their ids; those of a registry can anyway."""
 
+    is_elsewhere: ClassVar[bool] = False
+    """They are on other machines: :meth:`prepare` waits for these, and starts no process here."""
+
     def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         unknown = sorted(set(options) - self.options)
         if unknown:
@@ -159,6 +162,11 @@ class Variant(ABC):
         raise self.refuse("make or restore snapshots", self.capabilities().snapshots.reason)
 
     @property
+    def shelf(self) -> Shelf | None:
+        """Where its snapshots are, if a service makes and restores them; then there are no others."""
+        return None
+
+    @property
     def own_folders(self) -> tuple[str, ...]:
         """The folders of a sandbox in which files are its own; ``~`` for its home. May block.
 
@@ -186,6 +194,14 @@ class Variant(ABC):
         """Tell the caller what to know of it, as a warning; after :meth:`prepare`, in the caller's thread."""
         return
 
+    def check_gpus(self, models: Sequence[str]) -> None:
+        """*models* are the GPUs that code in it sees; asked of those that are elsewhere.
+
+        Raises:
+            SandboxResourceError: what was asked for is not among them.
+        """
+        return
+
     @abstractmethod
     def launcher(self, spec: ContextSpec) -> Callable[[], KernelProcess]:
         """What starts the kernel of a context, again and again; it is called in the worker thread."""
@@ -201,6 +217,20 @@ class Variant(ABC):
     @abstractmethod
     def remove(self) -> None:
         """Remove what :meth:`prepare` made, when no kernel is left; may be called again, may block."""
+
+    @classmethod
+    def environments(cls, options: Mapping[str, object]) -> list[SandboxEnvironment]:
+        """What its sandboxes can be made of; may block.
+
+        Args:
+            options: credentials, where it needs them.
+
+        Raises:
+            SandboxConfigurationError: it has no environments.
+        """
+        raise SandboxConfigurationError(
+            f"{cls.name} has no environments to choose from; datalayer-runtime has some"
+        )
 
     # Of those that have a registry.
 

@@ -11,9 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from code_sandboxes.checks import check_str
-from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError, SandboxNotFoundError
+from code_sandboxes.errors import (
+    SandboxConfigurationError,
+    SandboxConnectionError,
+    SandboxError,
+    SandboxNotFoundError,
+)
 from code_sandboxes.guest_boot import prologue
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
+from code_sandboxes.remote.hub import Hub, hub_of
 from code_sandboxes.remote.kernels import RemoteContext, RemoteKernel
 from code_sandboxes.remote.rest import Place
 from code_sandboxes.remote.server import JupyterServer, KernelModel, KernelSpec, is_kernel_id
@@ -54,19 +60,41 @@ class JupyterGateway(Variant):
             )
         if self._wanted_id is not None and not is_kernel_id(self._wanted_id):
             raise SandboxConfigurationError(f"kernel_id must be the id of a kernel, not {self._wanted_id!r}")
-        self._server = self._server_of(options)
+        self._hub: Hub | None = None
+        self._place, self._token = self._place_of(options)
+        self._known_server: JupyterServer | None = None
         self._specs: Mapping[str, KernelSpec] = {}
         self._default = ""
         self._contexts: dict[str, RemoteContext] = {}
         self._lifetime: Lifetime | None = None
         self._was_attached = self._is_over = False
 
-    def _server_of(self, options: Mapping[str, object]) -> JupyterServer:
-        url = _given(options, "server_url") or os.environ.get("JUPYTER_GATEWAY_URL")
+    def _place_of(self, options: Mapping[str, object]) -> tuple[Place, str | None]:
+        token = _given(options, "token") or os.environ.get("JUPYTER_TOKEN")
+        url, hub_url = _given(options, "server_url"), _given(options, "hub_url")
+        if hub_url is not None:
+            if url is not None or self._wanted_id is not None:
+                raise self.refuse(
+                    "take hub_url= together with server_url= or kernel_id=", "it starts a server"
+                )
+            place = Place(hub_url, "hub_url")
+            self._hub = Hub(place, token)
+            return place, token
+        url = url or os.environ.get("JUPYTER_GATEWAY_URL")
         if not url:
             raise self.refuse("begin", "it needs server_url=, or JUPYTER_GATEWAY_URL in the environment")
-        token = _given(options, "token") or os.environ.get("JUPYTER_TOKEN")
-        return JupyterServer(Place(url, "server_url"), token)
+        return Place(url, "server_url"), token
+
+    @property
+    def _url(self) -> str:
+        return self._place.url if self._known_server is None else self._known_server.place.url
+
+    @property
+    def _server(self) -> JupyterServer:
+        """The server; one of a Hub is there after :meth:`prepare`."""
+        if self._known_server is None:
+            self._known_server = JupyterServer(self._place, self._token)
+        return self._known_server
 
     def _refuse_what_cannot_be(self, config: SandboxConfig) -> None:
         for trait, what in (
@@ -117,9 +145,7 @@ class JupyterGateway(Variant):
 
     @property
     def isolation(self) -> str:
-        return (
-            f"whatever the server at {self._server.place.url} provides; nothing of this machine is in reach"
-        )
+        return f"whatever the server at {self._url} provides; nothing of this machine is in reach"
 
     @property
     def max_output(self) -> int:
@@ -129,7 +155,7 @@ class JupyterGateway(Variant):
     def metadata(self) -> Mapping[str, object]:
         kernels = (context.kernel_id for context in list(self._contexts.values()))
         return {
-            "server_url": self._server.place.url,
+            "server_url": self._url,
             "kernel_ids": [kernel_id for kernel_id in kernels if kernel_id is not None],
         }
 
@@ -138,7 +164,7 @@ class JupyterGateway(Variant):
         context = self._contexts.get("default")
         if context is None or context.kernel_id is None:
             return None
-        return f"{self.name}:{self._server.place.url}#{context.kernel_id}"
+        return f"{self.name}:{self._url}#{context.kernel_id}"
 
     @property
     def was_made_elsewhere(self) -> bool:
@@ -166,6 +192,8 @@ class JupyterGateway(Variant):
         self._lifetime = Lifetime(audience)
         if record.time_left is not None:
             self.expire_in(record.time_left, f"it reached its max_lifetime of {record.time_left:g} s")
+        if self._hub is not None:
+            self._known_server = self._hub.start(self.config.start_timeout)
         self._find_out()
 
     def _find_out(self) -> None:
@@ -179,15 +207,14 @@ class JupyterGateway(Variant):
             model = self._server.kernel(self._wanted_id)
             if model is None:
                 raise SandboxNotFoundError(
-                    f"there is no kernel {self._wanted_id} at {self._server.place.url}: it has ended, or"
-                    " never was"
+                    f"there is no kernel {self._wanted_id} at {self._url}: it has ended, or never was"
                 )
             self._default = model.name
         elif self._wanted_kernel is not None:
             self._default = self._wanted_kernel
         if self._default not in self._specs:
             raise SandboxConfigurationError(
-                f"no kernelspec {self._default!r} at {self._server.place.url}"
+                f"no kernelspec {self._default!r} at {self._url}"
                 f" (installed: {', '.join(sorted(self._specs)) or 'none'})"
             )
 
@@ -231,9 +258,18 @@ class JupyterGateway(Variant):
         for context in list(self._contexts.values()):
             try:
                 context.delete()
-            except SandboxConnectionError as error:
+            except SandboxError as error:
                 failed.append(f"the kernel {context.kernel_id} is left: {error}")
-        self._server.close()
+        if self._known_server is not None:
+            self._known_server.close()
+        if self._hub is not None:
+            try:
+                self._hub.stop()
+                self._hub.close()
+            except SandboxError as error:
+                failed = [f"the server that was started is left: {error}"]
+            else:
+                failed = []  # what it had is gone with it
         if failed:
             raise SandboxConnectionError("; ".join(failed))
 
@@ -257,6 +293,7 @@ class JupyterGateway(Variant):
             )
         variant = cls(SandboxConfig(), {**options, "server_url": url, "kernel_id": kernel_id})
         variant._was_attached = True
+        variant._hub = hub_of(url, variant._token)
         variant._find_out()
         record = Record(
             id=sandbox_id,
