@@ -32,7 +32,8 @@ from code_sandboxes.isolation.probe import probe
 from code_sandboxes.keeper import client
 from tests.datalayer_service import DatalayerService, Knobs
 from tests.fronts import FRONTS, create
-from tests.servers import JupyterHub
+from tests.server_fixtures import needs_server
+from tests.servers import JupyterHub, JupyterServer
 
 MakeSandbox = Callable[..., Sandbox]
 
@@ -323,8 +324,17 @@ class ReadmeExample(pytest.Item):
         if '"local-docker"' in self._code and why_no_containers() and not REQUIRES_CONTAINERS:
             pytest.skip(f"NO CONTAINERS: {why_no_containers()}")
         before = Path.cwd()
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.ExitStack() as running,
+            pytest.MonkeyPatch.context() as monkeypatch,
+        ):
             monkeypatch.setenv("CODE_SANDBOXES_SNAPSHOTS", f"{folder}/snapshots")
+            if '"jupyter-gateway"' in self._code:
+                needs_server(JupyterServer)
+                server = running.enter_context(JupyterServer(Path(folder, "server")))
+                monkeypatch.setenv("JUPYTER_GATEWAY_URL", server.url)
+                monkeypatch.setenv("JUPYTER_TOKEN", server.token)
             os.chdir(folder)
             try:
                 exec(

@@ -13,6 +13,7 @@ from benchmarks.containers import measure_containers
 from benchmarks.contestant import ContestantError
 from benchmarks.egress import measure_egress
 from benchmarks.files import measure_busy, measure_files
+from benchmarks.gateway import measure_gateway
 from benchmarks.imports import measure_imports
 from benchmarks.isolation import measure_isolation
 from benchmarks.life import measure_fresh_program, measure_life
@@ -35,6 +36,7 @@ _SECTIONS: dict[str, Callable[[Scale, bool], None]] = {
     "isolation": lambda scale, _: measure_isolation(scale),
     "containers": lambda scale, _: measure_containers(scale),
     "egress": lambda scale, _: measure_egress(scale),
+    "gateway": lambda scale, peer: measure_gateway(scale, peer=peer),
 }
 
 

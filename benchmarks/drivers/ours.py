@@ -23,11 +23,16 @@ class Ours:
         self._sandbox: Sandbox | None = None
 
     def create(
-        self, variant: str = "local-jupyter", isolation: str = "none", network: str = "inherit"
+        self,
+        variant: str = "local-jupyter",
+        isolation: str = "none",
+        network: str = "inherit",
+        server_url: str = "",
     ) -> list[float]:
         """Seconds from ``create()`` to its first result."""
         options: dict[str, Any] = {} if variant == "local-eval" else {"network_policy": network}
         options |= {"isolation": isolation} if variant == "local-jupyter" else {}
+        options |= {"server_url": server_url} if server_url else {}
         began = time.perf_counter()
         self._sandbox = Sandbox.create(variant=variant, timeout=0, **options)
         self._check(self._sandbox.run_code("1+1"))
@@ -50,6 +55,10 @@ class Ours:
         """Of the kernel, for another client of it."""
         (found,) = Path(os.environ["CODE_SANDBOXES_RUNTIME_DIR"]).glob("*/*/*/connection.json")
         return str(found)
+
+    def kernel_id(self) -> str:
+        """Of the kernel, on its server."""
+        return self._running().id.rpartition("#")[2]
 
     def run(self, code: str, repetitions: int) -> list[float]:
         """Seconds of each ``run_code()``."""
@@ -150,6 +159,7 @@ if __name__ == "__main__":
             "create": ours.create,
             "acquire": ours.acquire,
             "connection_file": ours.connection_file,
+            "kernel_id": ours.kernel_id,
             "run": ours.run,
             "latency": ours.latency,
             "output": ours.output,
