@@ -230,6 +230,19 @@ def _single_user_server(hub: JupyterHub) -> str:
     return f"{hub.url}/user/tests"
 
 
+@pytest.fixture(scope="session")
+def datalayer() -> Iterator[dict[str, object]]:
+    """The settings that lead datalayer-runtime to a service on this machine."""
+    # What has few credits ends early, and tests take their time.
+    knobs = Knobs(credits=1e9, quota=1000)
+    with DatalayerService(knobs) as service, pytest.MonkeyPatch.context() as monkeypatch:
+        # In the environment for from_id(), in other programs too; and by default all is as it was.
+        monkeypatch.setenv("DATALAYER_RUN_URL", service.url)
+        monkeypatch.setenv("DATALAYER_API_KEY", service.api_key)
+        monkeypatch.setenv("CODE_SANDBOXES_VARIANT", SandboxVariant.LOCAL_JUPYTER)
+        yield {}
+
+
 def _shared_with_containers(request: pytest.FixtureRequest) -> str:
     """The folder in which all temporary ones of tests are: a container sees it at the same place."""
     factory: pytest.TempPathFactory = request.getfixturevalue("tmp_path_factory")

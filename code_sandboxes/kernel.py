@@ -150,6 +150,7 @@ class Kernel:
         self._last_message = 0.0
         self._restarting = self._dying = self._reconnecting = self._loss_told = self._is_held = False
         self._claiming = self._leaving = self._others_run = self._too_late = False
+        self._is_away = self._is_missing = False
         self._loss_to_tell: Died | None = None
         self._releasing = 0
         self._link: GuestLink | None = None
@@ -282,6 +283,8 @@ class Kernel:
             self._closed()
             return
         self._process = process
+        self._death_unreported |= self._is_missing and process.is_fresh
+        self._is_missing = False
         if process.is_fresh:  # else it answers when what others run in it is over
             self._start_timer = self._loop.call_later(self._limits.start, self._start_took_too_long)
         try:
@@ -307,15 +310,19 @@ class Kernel:
         self._session = _new_session()
         known = None if self._process.is_fresh else self._router.kernel_session
         self._router = Router(self._session, known)
-        self._heard_iopub = self._welcomed = self._others_run = self._is_set_up = False
-        self._handshake_ids.clear()
-        self._prologue_id = ""
-        self.info = None
+        self._welcomed = self._others_run = False
         self._transport = self._process.transport(
             self._loop, self._session.session_id, self._receive, self._limits.max_message
         )
         self._transport.lost, self._transport.cut = self._lost, self._was_cut
         self._transport.open()
+        self._begin_to_shake_hands()
+
+    def _begin_to_shake_hands(self) -> None:
+        self._heard_iopub = self._is_set_up = False
+        self._handshake_ids.clear()
+        self._prologue_id = ""
+        self.info = None
         self._shake_hands()
 
     def _shake_hands(self) -> None:
@@ -365,11 +372,12 @@ class Kernel:
 
     def _set_up(self, process: KernelProcess, info: KernelInfo) -> bool:
         """Send what comes before all else; False if that has to be done first."""
+        if self._prologue_id:
+            return self._is_set_up
         prologue = process.prologue
         if prologue is None or set(prologue.features) <= set(info.supported_features):
             self._is_set_up = True
-        if prologue is None or self._is_set_up or self._prologue_id:
-            return self._is_set_up
+            return True
         self._is_set_up = not process.is_fresh
         request = self._session.message(
             "shell", "execute_request", prologue.content, metadata=prologue.metadata
@@ -446,7 +454,7 @@ class Kernel:
         self._advance()
 
     def _advance(self) -> None:
-        if self._current is not None or not self._queue or self._dying or self._claiming:
+        if self._current is not None or not self._queue or self._dying or self._claiming or self._is_away:
             return
         if self._loss_to_tell is not None:
             self._tell_of_loss(self._queue.popleft(), self._loss_to_tell)
@@ -462,7 +470,7 @@ class Kernel:
         if process is not self._process:  # it died meanwhile
             return
         self._claiming = False
-        if self._queue and self._state is _State.READY and not self._dying:
+        if self._queue and self._state is _State.READY and not (self._dying or self._is_away):
             self._begin(self._queue.popleft())
         else:
             process.rest()
@@ -703,8 +711,17 @@ class Kernel:
         self._finish(run, ConnectionLost(sentence))
         self._advance()
 
-    def _was_cut(self, may_have_lost: bool) -> None:
-        """The connection was away; what the kernel has sent meanwhile comes now, if somebody has kept it."""
+    def _was_cut(self, is_away: bool) -> None:
+        """The connection is lost, or there again; then comes what the kernel has sent, if it was kept."""
+        self._is_away = is_away
+        if not is_away:
+            self._advance()
+        elif self._state is _State.STARTING:  # whatever was answered may be lost
+            self._begin_to_shake_hands()
+        else:
+            self._miss_what_was_on_its_way()
+
+    def _miss_what_was_on_its_way(self) -> None:
         if self._link is not None:
             error = (
                 "the connection to the kernel was lost meanwhile, so it is not known whether that was done"
@@ -713,8 +730,7 @@ class Kernel:
         run = self._current
         if run is None or isinstance(run, Turn):
             return
-        if may_have_lost:
-            self._tell_of_lost_output()
+        self._tell_of_lost_output()
         # When this is answered, all that came before it has been: what is missing by then, does not come.
         request = self._session.message("shell", "kernel_info_request")
         run.checked_by = request.msg_id
@@ -724,6 +740,9 @@ class Kernel:
         if run.replied:
             self._tell_of_lost_output()
             self._over(run)
+            return
+        if run.reply_lost:
+            self._over_with_reply_lost(run)
             return
         what = "how the code ended" if run.started else "whether the code was run"
         sentence = f"the connection to the kernel was lost for a while, and with it {what}"
@@ -832,6 +851,9 @@ class Kernel:
         if self._restarting:
             self._restarting = False
             self._launch()
+        elif not started and process.may_go_on:
+            self._is_missing = not process.is_fresh
+            self._fail_to_start(self._error_of_start(process))
         elif not started and not process.is_fresh:  # it had work to do, and variables
             self._death_unreported = True
             self._launch()
@@ -853,6 +875,8 @@ class Kernel:
         if process.may_go_on:
             if self._current is not None:
                 self._finish(self._current, ConnectionLost(process.why_lost, state_preserved=False))
+            else:
+                self._is_missing = True
         elif self._current is None and process.why_lost:
             self._loss_to_tell = Died(process.why_lost)
         elif self._current is None:
@@ -871,7 +895,8 @@ class Kernel:
 
     def _error_of_start(self, process: KernelProcess) -> SandboxConnectionError:
         if process.why_lost:
-            return SandboxConnectionError(f"{self._name} could not be started: {process.why_lost}")
+            what = "started" if process.is_fresh else "reached"
+            return SandboxConnectionError(f"{self._name} could not be {what}: {process.why_lost}")
         _cancel(self._start_timer)
         if self._too_late:
             what = f"did not answer within {self._limits.start:g} s"
@@ -952,6 +977,7 @@ class Kernel:
     def _close_transport(self) -> None:
         if self._transport is not None:
             transport, self._transport = self._transport, None
+            self._is_away = False
             transport.close()
             self._dropped += transport.dropped + self._router.dropped
 

@@ -72,8 +72,8 @@ class Transport(Protocol):
     Attributes:
         dropped: how many messages were, by why.
         lost: called with the channel and how it was, when a message was dropped that was too large.
-        cut: called when the connection was away and is there again; with True if what was on its way may be
-            lost.
+        cut: called with True when the connection is lost, and with it what was on its way; with False when
+            it is there again. What is sent meanwhile waits for that.
     """
 
     dropped: Counter[str]

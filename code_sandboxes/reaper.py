@@ -1,4 +1,4 @@
-"""End the kernels of a program that was killed, and all that they started; remove their folders and cgroups.
+"""End the kernels of a program that was killed, and all that they started, here or in a cloud.
 
 A program that ends in any orderly way does this itself. One that is killed with SIGKILL cannot: a second,
 small process watches it, told beforehand what to end. Both sides of their conversation are in this file:
@@ -56,6 +56,12 @@ _NEWBORN = 0.25
 # How long an engine may go on to make a container for one who was killed meanwhile.
 _MAKING = 10.0
 
+# How long one may be in the making that runs at Datalayer, until the service answers, and between two looks.
+_APPEARING, _ANSWER, _PAUSE = 60.0, 30.0, 1.0
+
+# Which say whom TLS trusts (OpenSSL, SSL_CTX_load_verify_locations(3)).
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+
 # How many to kill before waiting for their end: each takes a descriptor.
 _AT_ONCE = 200
 
@@ -78,6 +84,7 @@ class Reaper:
         self._groups: set[int] = set()
         self._cgroups: set[str] = set()
         self._containers: set[tuple[str, str]] = set()
+        self._runtimes: set[tuple[str, str, str]] = set()
 
     def guard_folder(self, folder: str) -> None:
         with self._lock:
@@ -115,6 +122,21 @@ class Reaper:
             self._containers.discard((engine, name))
             self._tell()
 
+    def guard_runtime(self, url: str, token: str, given_name: str) -> None:
+        """A runtime of Datalayer, before it is asked for.
+
+        Args:
+            url: at which the service has its runtimes.
+        """
+        with self._lock:
+            self._runtimes.add((url, token, given_name))
+            self._tell()
+
+    def release_runtime(self, url: str, token: str, given_name: str) -> None:
+        with self._lock:
+            self._runtimes.discard((url, token, given_name))
+            self._tell()
+
     def close(self) -> None:
         """The program ends in an orderly way; what is still guarded is ended now."""
         process, self._process = self._process, None
@@ -134,6 +156,7 @@ class Reaper:
             "groups": sorted(self._groups),
             "cgroups": sorted(self._cgroups, reverse=True),  # what is further down has to go first
             "containers": sorted(self._containers),
+            "runtimes": sorted(self._runtimes),
         }
         line = json.dumps(guarded).encode() + b"\n"
         if self._process is None and not any(guarded.values()):
@@ -157,7 +180,8 @@ def _start() -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd="/",
-        env={},  # without a mark: if the program runs in a kernel, this ends after it and its keeper
+        # Without a mark: if the program runs in a kernel, this ends after it and its keeper.
+        env={name: os.environ[name] for name in _CERTIFICATES if name in os.environ},
         start_new_session=True,  # Ctrl-C in a terminal must not end it before the program
     )
 
@@ -171,6 +195,7 @@ def main(program: int) -> None:
         left = json.loads(line)
         missing = _remove_containers(left["containers"])
         _end(left["groups"], left["folders"], left["cgroups"], program)
+        _end_runtimes(left["runtimes"], program)
         give_up = time.monotonic() + _MAKING
         while missing and time.monotonic() < give_up:
             time.sleep(_NEWBORN)
@@ -256,6 +281,49 @@ def remove_container(engine: str, name: str) -> bool:
         while part := connection.recv(4096):  # it answers when it is done
             answer += part
     return answer.split(b" ", 2)[1:2] != [b"404"]
+
+
+def _end_runtimes(runtimes: list[list[str]], program: int) -> None:
+    """End runtimes of Datalayer; one that is not there may be in the making."""
+    give_up = time.monotonic() + _APPEARING
+    while runtimes := [runtime for runtime in runtimes if not _end_runtime(*runtime)]:
+        time.sleep(_PAUSE)
+        if time.monotonic() > give_up or not _was_killed(program):
+            return
+
+
+def _end_runtime(url: str, token: str, given_name: str) -> bool:
+    """End the runtime of that name; False if it is not there, for all that is known."""
+    from http.client import HTTPException  # all of this takes longer to import than all the rest
+    from urllib.parse import quote
+
+    was_there = False
+    try:
+        for runtime in json.loads(_ask("GET", url, token))["runtimes"]:
+            if runtime["given_name"] == given_name:
+                name = runtime.get("runtime_name") or runtime["pod_name"]
+                _ask("DELETE", f"{url}/{quote(name, safe='')}", token)
+                was_there = True
+    except (OSError, HTTPException, ValueError, KeyError, TypeError):  # it is tried again
+        return False
+    return was_there
+
+
+def _ask(verb: str, url: str, token: str) -> bytes:
+    from urllib import request
+
+    opener = request.OpenerDirector()  # which knows neither proxies nor redirections
+    for handler in (
+        request.HTTPHandler(),
+        request.HTTPSHandler(),
+        request.HTTPErrorProcessor(),
+        request.HTTPDefaultErrorHandler(),
+    ):
+        opener.add_handler(handler)
+    asked = request.Request(url, method=verb, headers={"Authorization": f"Bearer {token}"})
+    with opener.open(asked, timeout=_ANSWER) as answer:
+        content: bytes = answer.read()
+    return content
 
 
 def end_cgroups(folders: Sequence[str]) -> None:

@@ -8,38 +8,36 @@ has its turn as a run has, and no code runs meanwhile.
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
-from code_sandboxes.errors import (
-    SandboxConnectionError,
-    SandboxError,
-    SandboxExecutionError,
-    SandboxSnapshotError,
-    SandboxSnapshotWarning,
-)
-from code_sandboxes.frames import frames_of_this_package
+from code_sandboxes import shelf_operations
+from code_sandboxes.errors import SandboxConnectionError, SandboxSnapshotError
 from code_sandboxes.guest.calls import cost
 from code_sandboxes.guest.namespace import ALTOGETHER
 from code_sandboxes.guest.snapshots import PIECE
 from code_sandboxes.guest_calls import Guest, answer_of
 from code_sandboxes.guest_link import Answered, Channel, ChannelEnded, GuestCall, Refused, Told
-from code_sandboxes.guest_values import as_bool, as_bytes, as_list, as_object, as_path, as_str, bad_answer
+from code_sandboxes.guest_values import as_bool, as_bytes, as_object, as_path, as_str, bad_answer
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.isolation.system import is_below
-from code_sandboxes.operations import DEFAULT, Core
-from code_sandboxes.protocol.events import Event, Started
+from code_sandboxes.operations import DEFAULT, Core, Origin
+from code_sandboxes.protocol.events import Event
 from code_sandboxes.runs import Turn
+from code_sandboxes.snapshot_steps import (
+    apart,
+    check_not_inside,
+    come,
+    explained,
+    names_of,
+    reasons_of,
+    warn_of_missing,
+)
 from code_sandboxes.snapshots import SavedContext, Snapshot, SnapshotInfo, Store, Writer, check_name
-from code_sandboxes.steps import Operation, Wait, in_worker, next_event, running_inside
+from code_sandboxes.steps import Operation, Wait
 from code_sandboxes.variants.base import ContextSpec, Variant
 
-__all__ = ["Restoring", "create_snapshot", "delete_snapshot", "list_snapshots"]
-
-T = TypeVar("T")
+__all__ = ["Restoring", "create_snapshot", "delete_snapshot", "list_snapshots", "origin_of"]
 
 _FILES = "files.tar"
 
@@ -53,17 +51,13 @@ _SILENCE = 2 * ALTOGETHER + 60
 # How often what was sent may turn out to be worth nothing.
 _MOST_ATTEMPTS = 100
 
-# Things that are named, and characters of one and of a reason.
-_MOST_NAMES = 100_000
-_LONGEST = 4096
-
-# Things that a warning names.
-_MOST_TOLD = 10
-
 
 def list_snapshots(core: Core) -> Operation[list[SnapshotInfo]]:
+    shelf = core.variant.shelf
+    if shelf is not None:
+        return (yield from apart(shelf.all))
     store = core.variant.snapshots
-    return [snapshot.info for snapshot in (yield from _locally(store.all))]
+    return [snapshot.info for snapshot in (yield from apart(store.all))]
 
 
 def delete_snapshot(core: Core, id: str) -> Operation[None]:
@@ -73,8 +67,22 @@ def delete_snapshot(core: Core, id: str) -> Operation[None]:
     """
     if not isinstance(id, str):
         raise TypeError(f"the id of a snapshot must be a str, not {type(id).__name__}")
-    store = core.variant.snapshots
-    yield from _locally(lambda: store.delete(id))
+    store = core.variant.shelf or core.variant.snapshots
+    yield from apart(lambda: store.delete(id))
+
+
+def origin_of(variant: Variant, name: str) -> Origin:
+    """What lets a sandbox begin with the snapshot *name*.
+
+    Raises:
+        TypeError: *name* is no str.
+        SandboxConfigurationError: the variant has no snapshots.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"snapshot_name must be a str, not {type(name).__name__}")
+    if variant.shelf is not None:
+        return shelf_operations.Beginning(variant.shelf, name)
+    return Restoring(variant, name)
 
 
 # Making one.
@@ -88,27 +96,26 @@ def create_snapshot(core: Core, name: str) -> Operation[SnapshotInfo]:
         SandboxSnapshotError: there is one of that name, or no room for it.
     """
     core.check_running()
+    if core.variant.shelf is not None:
+        return shelf_operations.create_snapshot(core, core.variant.shelf, check_name(name))
     writer = core.variant.snapshots.create(check_name(name))
     kernels = [kernel for _, kernel in core.kernels()]
-    if any(run.kernel in kernels and not run.told for run in running_inside.get()):
-        raise RuntimeError(
-            "create_snapshot() from inside a callback of a run would wait for the end of that run"
-        )
+    check_not_inside(kernels)
     return _create(core, writer, name)
 
 
 def _create(core: Core, writer: Writer, name: str) -> Operation[SnapshotInfo]:
     try:
-        with _explained(f"the snapshot {name!r} could not be made"):
-            yield from _locally(writer.open)
+        with explained(f"the snapshot {name!r} could not be made"):
+            yield from apart(writer.open)
             taken = _Taken(core, writer)
             yield from taken.take()
-            return (yield from _locally(taken.commit))
+            return (yield from apart(taken.commit))
     except BaseException as error:
         if isinstance(error, GeneratorExit):  # nobody drives this any more
             writer.abort()
         else:
-            yield from _locally(writer.abort)
+            yield from apart(writer.abort)
         raise
 
 
@@ -126,13 +133,13 @@ class _Taken:
         self._room_of_files, self._room_of_variables = core.variant.most_in_a_snapshot
 
     def take(self) -> Operation[None]:
-        self._folders = yield from _locally(lambda: self._core.variant.own_folders)
+        self._folders = yield from apart(lambda: self._core.variant.own_folders)
         guest = self._core.guest()  # whose kernel may be another one than that of the runs
         kernels = self._core.kernels()
         turns = [Turn(kernel, Inbox()) for _, kernel in kernels]
         try:
             for turn in turns:
-                yield from _come(turn)
+                yield from come(turn)
             yield from self._take_files(guest)
             for spec, kernel in kernels:
                 yield from self._take_context(spec, Guest(kernel, None))
@@ -145,7 +152,7 @@ class _Taken:
         answer = yield from _received(
             guest, self._writer, self._room_of_files, _FILES, "snapshots.save_files", folders=folders
         )
-        self._not_carried |= _reasons(answer.get("left"))
+        self._not_carried |= reasons_of(answer.get("left"))
         self._home = as_path(answer.get("home"))
 
     def _take_context(self, spec: ContextSpec, guest: Guest) -> Operation[None]:
@@ -155,8 +162,8 @@ class _Taken:
             part = f"variables-{len(self._contexts)}"
             room = self._room_of_variables
             answer = yield from _received(guest, self._writer, room, part, "snapshots.save_variables")
-            self._variables += [_told(context, name) for name in _names(answer.get("names"))]
-            for name, why in _reasons(answer.get("left")).items():
+            self._variables += [_told(context, name) for name in names_of(answer.get("names"))]
+            for name, why in reasons_of(answer.get("left")).items():
                 self._not_carried[_told(context, name)] = why
             context = replace(context, part=part)
         else:
@@ -167,19 +174,6 @@ class _Taken:
         return self._writer.commit(self._folders, self._contexts, self._variables, self._not_carried)
 
 
-def _come(turn: Turn) -> Operation[None]:
-    """Return when no code runs in its kernel, and none will.
-
-    Raises:
-        SandboxSnapshotError: it does not come to that.
-    """
-    turn.kernel.execute(turn)
-    event = yield from next_event(turn.inbox)
-    if not isinstance(event, Started):
-        why = getattr(event, "sentence", "it was interrupted")
-        raise SandboxSnapshotError(f"no snapshot was made: its turn did not come: {why}")
-
-
 def _received(
     guest: Guest, writer: Writer, room: int, part: str, name: str, **arguments: object
 ) -> Operation[dict[str, object]]:
@@ -187,7 +181,7 @@ def _received(
     inbox = Inbox()
     channel = Channel(inbox.put, _CREDIT)
     call = GuestCall(name, arguments, (), inbox, channel)
-    yield from _locally(lambda: writer.begin(part))
+    yield from apart(lambda: writer.begin(part))
     guest.begin(call)
     attempts, size = 1, 0
     try:
@@ -202,14 +196,14 @@ def _received(
                 attempts += 1
                 if attempts > _MOST_ATTEMPTS:
                     raise SandboxConnectionError(f"the sandbox began anew {attempts} times")
-                yield from _locally(lambda: writer.begin(part))
+                yield from apart(lambda: writer.begin(part))
                 size = 0
             size += sum(map(len, event.buffers))
             if size > room:
                 raise SandboxSnapshotError(f"the sandbox sent more than {room:,} bytes, which it cannot have")
             for buffer in event.buffers:
                 data = as_bytes(buffer)
-                yield from _locally(lambda data=data: writer.write(data))  # type: ignore[misc]  # its default
+                yield from apart(lambda data=data: writer.write(data))  # type: ignore[misc]  # its default
             guest.grant(channel, cost(event.buffers))
     except BaseException:  # nobody waits any more, whatever the reason
         guest.cancel(call)
@@ -225,13 +219,10 @@ class Restoring:
     """A snapshot that a sandbox begins with: a :class:`code_sandboxes.operations.Origin`.
 
     Raises:
-        TypeError: *name* is no str.
         SandboxConfigurationError: the variant has no snapshots.
     """
 
     def __init__(self, variant: Variant, name: str) -> None:
-        if not isinstance(name, str):
-            raise TypeError(f"snapshot_name must be a str, not {type(name).__name__}")
         self._variant = variant
         self._store: Store = variant.snapshots
         self._name = name
@@ -257,7 +248,7 @@ class Restoring:
         assert snapshot is not None
         self._not_restored = {}
         what = f"the snapshot {self._name!r} could not be restored"
-        with _explained(what):
+        with explained(what):
             try:
                 yield from self._restore_files(core.guest(), snapshot)
                 for context in snapshot.contexts:
@@ -265,12 +256,12 @@ class Restoring:
             except SandboxConnectionError as error:  # something in it ends the kernel, say
                 raise SandboxSnapshotError(f"{what}: {error}") from error
         core.metadata |= {"snapshot": snapshot.info.name, "not_restored": self._not_restored}
-        self._warn()
+        warn_of_missing(self._name, self._not_restored)
 
     def _restore_files(self, guest: Guest, snapshot: Snapshot) -> Operation[None]:
         folders = list(snapshot.folders)
         answer = yield from self._sent(guest, snapshot, _FILES, "snapshots.load_files", folders=folders)
-        self._not_restored |= _reasons(answer.get("left"))
+        self._not_restored |= reasons_of(answer.get("left"))
         self._home = as_path(answer.get("home"))
 
     def _restore_context(self, core: Core, snapshot: Snapshot, saved: SavedContext) -> Operation[None]:
@@ -297,7 +288,7 @@ class Restoring:
                 guest, snapshot, part, "snapshots.load_variables", careful=careful, without=sorted(slow)
             )
             if not as_bool(answer.get("again")):
-                return _reasons(answer.get("left"))
+                return reasons_of(answer.get("left"))
             careful = True
             if answer.get("slow") is not None:
                 slow.add(as_str(answer["slow"]))
@@ -310,7 +301,7 @@ class Restoring:
         inbox = Inbox()
         channel = Channel(inbox.put, 0)
         opening = GuestCall("snapshots.open", {}, (), Inbox(), channel)
-        file = yield from _locally(lambda: self._store.open(snapshot, part))
+        file = yield from apart(lambda: self._store.open(snapshot, part))
         under_way: set[GuestCall] = set()
         try:
             yield from guest.ask(opening)
@@ -320,7 +311,7 @@ class Restoring:
             piece: bytes | None = None
             while True:
                 while piece != b"" and len(under_way) <= _AHEAD:
-                    piece = yield from _locally(lambda: file.read(PIECE))
+                    piece = yield from apart(lambda: file.read(PIECE))
                     put = {"handle": channel.number, "last": not piece}
                     buffers = (piece,) if piece else ()
                     putting = GuestCall("snapshots.put", put, buffers, inbox, follows=opening)
@@ -340,25 +331,8 @@ class Restoring:
                 guest.cancel(each)
             guest.close_channel(channel)
 
-    def _warn(self) -> None:
-        if self._not_restored:
-            names = ", ".join(list(self._not_restored)[:_MOST_TOLD])
-            more = len(self._not_restored) - _MOST_TOLD
-            names += f" and {more} more" if more > 0 else ""
-            warnings.warn(
-                f"not everything of the snapshot {self._name!r} was restored: {names} are missing;"
-                ' sandbox.info.metadata["not_restored"] says why',
-                SandboxSnapshotWarning,
-                stacklevel=frames_of_this_package() + 1,
-            )
-
 
 # Both.
-
-
-def _locally(function: Callable[[], T]) -> Operation[T]:
-    """What *function*, which works on local files, returns."""
-    return (yield from in_worker(function, apart=True))
 
 
 def _next(inbox: Inbox) -> Operation[Event]:
@@ -368,19 +342,6 @@ def _next(inbox: Inbox) -> Operation[Event]:
             raise SandboxSnapshotError(f"nothing was heard of the sandbox for {_SILENCE:g} s")
         yield Wait(inbox, until)
     return event
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Whatever goes wrong with files, here or there, is about this."""
-    try:
-        yield
-    except SandboxExecutionError as error:
-        raise SandboxSnapshotError(f"{what}: {error}") from error
-    except SandboxError:
-        raise
-    except OSError as error:
-        raise SandboxSnapshotError(f"{what}: {error}") from error
 
 
 def _told(context: SavedContext, name: str) -> str:
@@ -393,16 +354,3 @@ def _moved(path: str | None, source: str, target: str) -> str | None:
     if path is None or not is_below(path, source):
         return path
     return target + path.removeprefix(source)
-
-
-def _names(value: object) -> list[str]:
-    names = as_list(value)
-    if len(names) > _MOST_NAMES:
-        raise SandboxConnectionError(f"the sandbox named {len(names)} things")
-    return [as_str(name)[:_LONGEST] for name in names]
-
-
-def _reasons(value: object) -> dict[str, str]:
-    reasons = as_object(value)
-    names = _names(list(reasons))
-    return dict(zip(names, _names(list(reasons.values())), strict=True))

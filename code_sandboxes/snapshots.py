@@ -23,7 +23,16 @@ from code_sandboxes.errors import SandboxConfigurationError, SandboxError, Sandb
 from code_sandboxes.guest.files import write_all
 from code_sandboxes.info import SandboxVariant
 
-__all__ = ["FolderStore", "SavedContext", "Snapshot", "SnapshotInfo", "Store", "Writer", "check_name"]
+__all__ = [
+    "FolderStore",
+    "SavedContext",
+    "Shelf",
+    "Snapshot",
+    "SnapshotInfo",
+    "Store",
+    "Writer",
+    "check_name",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -48,11 +57,12 @@ class SnapshotInfo:
 
     Args:
         id: unique.
-        name: as it was given; unique, too, among those of a variant.
+        name: as it was given; unique, too, among those of a variant, but for those of Datalayer.
         created_at: seconds since the epoch.
         size: bytes.
         variables: that were carried; those of another context than the default one as ``"context:variable"``.
-        not_carried: what was not, by its name, and why not: variables, and files by their path.
+        not_carried: what was not, by its name, and why not: variables, and files by their path. Of those that
+            Datalayer lists, neither is known.
     """
 
     id: str
@@ -145,6 +155,36 @@ class Store(Protocol):
 
         Raises:
             SandboxSnapshotError: it was deleted meanwhile.
+        """
+
+    def delete(self, id: str) -> None:
+        """
+        Raises:
+            SandboxSnapshotError: there is none of that id.
+        """
+
+
+class Shelf(Protocol):
+    """Where the snapshots are that a service makes, of the variables of a sandbox's default context.
+
+    Several can have one name; the latest of them is meant. Everything may block.
+    """
+
+    def all(self) -> list[SnapshotInfo]:
+        """Those that there are, the oldest first."""
+
+    def make(self, name: str) -> SnapshotInfo:
+        """Make one of the sandbox as it is now; no code may run in it meanwhile.
+
+        Raises:
+            SandboxSnapshotError: it was not made.
+        """
+
+    def begin_with(self, id_or_name: str) -> SnapshotInfo:
+        """Let the sandbox, which is not made yet, begin with that one.
+
+        Raises:
+            SandboxSnapshotError: there is none.
         """
 
     def delete(self, id: str) -> None:

@@ -20,7 +20,7 @@ SHARED = ("stat", "genericpath", "posixpath", "os", "selectors", "subprocess", "
 PREFIX = "_code_sandboxes_"
 PARTS = (
     *("calls", "files", "watching", "processes", "values", "variables", "packages"),
-    *("definitions", "salvage", "namespace", "archive", "snapshots", "comms"),
+    *("definitions", "salvage", "namespace", "archive", "snapshots", "records", "machine", "comms"),
 )
 
 

@@ -144,6 +144,10 @@ def install(kernel: Any, parts: Mapping[str, Any]) -> None:
             parts["snapshots"].Snapshots(
                 lambda: kernel.shell.user_ns, lambda: kernel.shell.user_ns_hidden, parts
             ),
+            parts["records"].Records(
+                lambda: kernel.shell.user_ns, lambda: kernel.shell.user_ns_hidden, parts
+            ),
+            parts["machine"].Machine(),
         ]
     )
     comms = Comms(kernel, guest)

@@ -69,6 +69,11 @@ class Datalayer:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.place.url}>"
 
+    @property
+    def runtimes_url(self) -> str:
+        """Where those of the account are."""
+        return f"{self.place.url}{_RUNTIMES}"
+
     def close(self) -> None:
         """Let go of the connections to it."""
         self._iam.close()
@@ -242,7 +247,9 @@ class Datalayer:
 
 def unknown_environment(name: str, known: list[SandboxEnvironment]) -> SandboxResourceError:
     names = ", ".join(sorted(each.name for each in known)) or "none"
-    return SandboxResourceError(f"Datalayer has no environment {name!r} for this account (there are: {names})")
+    return SandboxResourceError(
+        f"Datalayer has no environment {name!r} for this account (there are: {names})"
+    )
 
 
 def pauses() -> Iterator[float]:

@@ -12,7 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 
-from code_sandboxes.errors import SandboxConnectionError, SandboxError, SandboxResourceError, SandboxSnapshotError
+from code_sandboxes.errors import (
+    SandboxConnectionError,
+    SandboxError,
+    SandboxResourceError,
+    SandboxSnapshotError,
+)
 from code_sandboxes.remote.datalayer import UNCERTAIN, Datalayer, pauses, unknown_environment
 from code_sandboxes.remote.datalayer_values import Runtime, number, runtime_of
 from code_sandboxes.remote.rest import Answer, HttpError
@@ -159,7 +164,9 @@ class Creation:
     def _not_found(self, answer: Answer) -> SandboxError:
         """Of what it is to be made, something is not there."""
         if self._order.snapshot is not None and "snapshot" in answer.reason().lower():
-            return SandboxSnapshotError(f"there is no snapshot {self._order.snapshot!r} at Datalayer any more")
+            return SandboxSnapshotError(
+                f"there is no snapshot {self._order.snapshot!r} at Datalayer any more"
+            )
         return unknown_environment(self._order.environment, self._datalayer.environments())
 
     def _answer_at(self, location: str) -> Answer:

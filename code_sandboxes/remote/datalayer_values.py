@@ -37,8 +37,9 @@ _GPUS = "nvidia.com/gpu"
 # Kubernetes documentation, "Quantity".
 _QUANTITY = re.compile(r"([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)(|[numkMGTPE]|[KMGTPE]i)")
 _FACTORS = {
-    **{"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3},
-    **{letter: 1000.0**power for power, letter in enumerate("MGTPE", 2)},
+    "": 1.0,
+    **{letter: 1000.0**-power for power, letter in enumerate("mun", 1)},
+    **{letter: 1000.0**power for power, letter in enumerate("kMGTPE", 1)},
     **{f"{letter}i": 1024.0**power for power, letter in enumerate("KMGTPE", 1)},
 }
 

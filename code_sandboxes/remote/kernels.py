@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -27,7 +28,11 @@ _ASK_EVERY = 20.0
 _DIED = "the server says that it died, and has started it again"
 _DEAD = "the server says that it is dead, and could not start it again"
 _REPLACED = "somebody has restarted it"
-_DELETED = "it is not on the server any more: somebody has deleted it, or it was culled for being idle"
+_RENEWED = "it was restarted: by somebody, or by the server when it had died"
+_DELETED = (
+    "it is not on the server any more: somebody has deleted it, it was culled for being idle, or the server"
+    " was started anew"
+)
 
 # What Jupyter Server says for output that it has dropped, in a stream of its own.
 _LIMITED = ("IOPub data rate exceeded", "IOPub message rate exceeded")
@@ -64,6 +69,7 @@ class RemoteContext:
         self.is_fresh = kernel_id is None
         self.was_left_running = False
         self._start = start
+        self._changing = threading.Lock()  # one is not to be restarted while it is deleted
 
     def launch(self) -> RemoteKernel:
         """The kernel as it is now, or a new one if it is gone; blocks.
@@ -71,6 +77,10 @@ class RemoteContext:
         Raises:
             SandboxError: there is none to be had.
         """
+        with self._changing:
+            return self._launch()
+
+    def _launch(self) -> RemoteKernel:
         if self.kernel_id is not None and self.server.kernel(self.kernel_id) is None:
             if self.is_given:
                 raise SandboxConnectionError(f"the kernel {self.kernel_id} is gone: {_DELETED}")
@@ -91,13 +101,16 @@ class RemoteContext:
         Raises:
             SandboxError: the server does not do it.
         """
-        if self.kernel_id is not None and not self.is_given:
-            self.server.delete(self.kernel_id)
-            self.kernel_id = None
+        with self._changing:
+            if self.kernel_id is not None and not self.is_given:
+                self.server.delete(self.kernel_id)
+                self.kernel_id = None
 
     def restart(self) -> None:
         """Let it begin again; blocks. What is gone is started anew when it is needed."""
-        if self.kernel_id is not None and self.server.kernel(self.kernel_id) is not None:
+        with self._changing:
+            if self.kernel_id is None or self.is_over or self.server.kernel(self.kernel_id) is None:
+                return
             self.server.restart(self.kernel_id)
 
 
@@ -238,7 +251,7 @@ class RemoteKernel:
         if isinstance(session, str) and session not in ("", self._identity):
             if self._kernel_session not in ("", session):
                 if not self._is_ending:
-                    self._end_anew(_REPLACED)
+                    self._end_anew(_RENEWED)
                 return
             self._kernel_session = session
         receive(message)
@@ -284,12 +297,24 @@ class RemoteKernel:
 
     def _broken(self, why: str, status: int | None) -> None:
         server = self._context.server
-        if status == 404:
-            self._end(_DELETED)
-        elif status is not None:
+        if status in (401, 403):
             self._lose(f"{server.place.url} does not let this token to the kernel: {why}")
+        elif status is not None and self._loop is not None:
+            sentence = f"there is no websocket to the kernel at {server.place.url}: {why}"
+            self._loop.run_blocking(
+                lambda: server.kernel(self._kernel_id),
+                lambda model, error: self._looked_for(model, error, sentence),
+                apart=True,
+            )
         else:
             self._lose(f"the connection to {server.place.url} was lost: {why}")
+
+    def _looked_for(self, model: KernelModel | None, error: Exception | None, sentence: str) -> None:
+        """There is no websocket to it: because there is no kernel, or because something is in between."""
+        if model is None and error is None:
+            self._end(_DELETED)
+        else:
+            self._lose(sentence)
 
     def _ask_later(self) -> None:
         if self._loop is not None:

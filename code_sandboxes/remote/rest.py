@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import Mapping
 from functools import cache, partial
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -19,7 +20,7 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from urllib3 import HTTPConnectionPool, Retry
 from urllib3.connection import HTTPConnection
-from urllib3.exceptions import NewConnectionError
+from urllib3.exceptions import NewConnectionError, ReadTimeoutError
 
 from code_sandboxes.errors import (
     SandboxAuthenticationError,
@@ -142,6 +143,8 @@ class Rest:
         self._session = session = requests.Session()
         session.trust_env = False
         session.auth = _Token(f"{scheme} {token}" if token else None)
+        # Jupyter Server gives one that is as good as the token, and stays so when that is revoked.
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         adapter = _Adapter(place.unix_socket)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
@@ -247,8 +250,13 @@ class _Adapter(HTTPAdapter):
 
     def __init__(self, unix_socket: str | None) -> None:
         self._unix_socket = unix_socket
-        # What has not reached the server, or what a proxy before it says for it, can be asked again.
-        again = Retry(total=2, backoff_factor=0.1, status_forcelist=(502, 503, 504), raise_on_status=False)
+        again = _Again(
+            total=2,
+            backoff_factor=0.1,
+            status_forcelist=(502, 503, 504),
+            raise_on_status=False,
+            respect_retry_after_header=False,  # it may ask for hours
+        )
         super().__init__(max_retries=again)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -256,6 +264,22 @@ class _Adapter(HTTPAdapter):
         if self._unix_socket is not None:
             pool = partial(_UnixPool, self._unix_socket)
             self.poolmanager.pool_classes_by_scheme = {"http": pool}  # makes one
+
+    def close(self) -> None:
+        # urllib3 lets go of its pools, and an error that somebody keeps may keep one, and what is open in it.
+        for key in self.poolmanager.pools.keys():  # noqa: SIM118  (it is no dict)
+            self.poolmanager.pools[key].close()
+        super().close()
+
+
+class _Again(Retry):
+    """What has not reached the server, or what a proxy before it says for it, can be asked again."""
+
+    def increment(self, *args: Any, **kwargs: Any) -> _Again:
+        error = kwargs.get("error")
+        if isinstance(error, ReadTimeoutError):  # who has kept silent for so long would do so again
+            raise error
+        return super().increment(*args, **kwargs)
 
 
 class _UnixPool(HTTPConnectionPool):

@@ -19,6 +19,9 @@ from code_sandboxes.transports.websocket import WebSocketAddress
 __all__ = ["JupyterServer", "KernelModel", "KernelSpec", "is_kernel_id"]
 
 
+_OF_KUBERNETES = ("KubernetesProcessProxy", "CustomResourceProcessProxy", "SparkOperatorProcessProxy")
+
+
 @dataclass(frozen=True, slots=True)
 class KernelModel:
     """A kernel as its server describes it.
@@ -50,22 +53,39 @@ class KernelSpec:
         name = proxy.get("class_name") if isinstance(proxy, dict) else None
         return name if isinstance(name, str) else ""
 
+    @property
+    def limits_resources(self) -> bool:
+        """It is started in Kubernetes, where ``KERNEL_MEMORY_LIMIT`` and its like hold."""
+        return self.process_proxy.rpartition(".")[2] in _OF_KUBERNETES
+
 
 class JupyterServer:
     """A server that has kernels, and whoever asks it.
 
     Args:
         token: of the server; None for one that wants none.
+        scheme: of the ``Authorization`` header. All of them know this one, Kernel Gateway in this spelling
+            alone.
     """
 
-    def __init__(self, place: Place, token: str | None) -> None:
+    def __init__(self, place: Place, token: str | None, scheme: str = "token") -> None:
         self.place = place
         self._token = token
-        # Of the schemes it is the one that all of them know, Kernel Gateway in this spelling alone.
-        self._rest = Rest(place, token, scheme="token", what="the Jupyter server")
+        self._scheme = scheme
+        self._rest = Rest(place, token, scheme=scheme, what="the Jupyter server")
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.place.url}>"
+
+    def is_there(self) -> bool:
+        """It is up; while it comes up, what is before it answers in its place.
+
+        Raises:
+            SandboxAuthenticationError: it does not take the token.
+            SandboxConnectionError: nobody answers.
+        """
+        answer = self._rest.ask("GET", "/api")
+        return answer.status == 200 and "version" in answer.mapping
 
     def kernelspecs(self) -> tuple[dict[str, KernelSpec], str]:
         """What it can start, by name, and which of it is its default.
@@ -95,6 +115,10 @@ class JupyterServer:
                 )
         default = answer.get("default")
         return specs, default if isinstance(default, str) else next(iter(specs), "")
+
+    def is_enterprise_gateway(self) -> bool:
+        """Only that one says so; the others say the version of a Jupyter Server, and Hubs of theirs."""
+        return isinstance(self._rest.expect("GET", "/api").mapping.get("gateway_version"), str)
 
     def start(
         self, name: str, *, path: str | None, env: Mapping[str, str] | None, seconds: float
@@ -145,7 +169,7 @@ class JupyterServer:
 
     def channels(self, kernel_id: str, session_id: str) -> WebSocketAddress:
         """Where its messages go in and out."""
-        headers = {"Authorization": f"token {self._token}"} if self._token else {}
+        headers = {"Authorization": f"{self._scheme} {self._token}"} if self._token else {}
         return WebSocketAddress(
             self.place.websocket(f"{_path_of(kernel_id)}/channels?session_id={session_id}"),
             headers,

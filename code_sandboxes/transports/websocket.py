@@ -117,8 +117,8 @@ class WebSocketTransport:
     Attributes:
         dropped: how many messages were, by why.
         lost: called with the channel and how it was, when a message was dropped that was too large.
-        cut: called when the connection was away and is there again; with True if what was on its way may be
-            lost.
+        cut: called with True when the connection is lost, and with it what was on its way; with False when
+            it is there again.
         broken: called once when there is no connection any more, with the reason, and with the HTTP status
             that the server has answered with, if it has.
     """
@@ -143,7 +143,6 @@ class WebSocketTransport:
         self._protocol: ClientProtocol | None = None
         self._is_open = self._was_open = self._is_v1 = False
         self._why_ending = ""
-        self._left_in_order = False
         self._waiting: deque[Message] = deque()
         self._fragments: list[Frame] = []
         self._frames: deque[Frame] = deque()
@@ -214,8 +213,16 @@ class WebSocketTransport:
         protocol.send_request(request)
         self._last_sign = time.monotonic()
         self._loop.add_reader(connection.fileno(), self._read)
-        self._timer = self._loop.call_later(_OPENING, lambda: self._lose("the server did not answer"))
+        self._timer = self._loop.call_later(
+            self._patience(), lambda: self._lose("the server did not answer in time")
+        )
         self._write()
+
+    def _patience(self) -> float:
+        """With the opening, in seconds. A kernel that was there need not be waited for."""
+        if not self._was_open:
+            return _OPENING
+        return max(_DIAL, _PATIENCE - (time.monotonic() - self._away_since))
 
     def _opened(self) -> None:
         assert self._protocol is not None
@@ -226,10 +233,10 @@ class WebSocketTransport:
         self._timer = self._loop.call_later(_PING_EVERY, self._look_after)
         again, self._was_open = self._was_open, True
         waiting, self._waiting = self._waiting, deque()
-        if again:
-            self.cut(not self._left_in_order)
         for message in waiting:
             self._send(message, None)
+        if again:
+            self.cut(False)
 
     def _try_again(self, why: str) -> None:
         if self._closed:
@@ -248,11 +255,12 @@ class WebSocketTransport:
     # Losing.
 
     def _lose(self, why: str) -> None:
-        if self._is_open:
-            self._away_since = time.monotonic()
-            self._left_in_order = self._protocol is not None and self._protocol.close_rcvd is not None
+        was_open = self._is_open
         _log.debug("lost the connection to %s: %s", self._address.url, why)
         self._disconnect()
+        if was_open:
+            self._away_since = time.monotonic()
+            self.cut(True)
         self._try_again(why)
 
     def _disconnect(self) -> None:
@@ -291,7 +299,7 @@ class WebSocketTransport:
             if self._frames:
                 self._take_frame(self._frames.popleft())
             elif self._why_ending:
-                self._lose(self._why_ending)
+                self._has_ended()
                 return
             elif not self._receive_some():
                 break
@@ -347,8 +355,6 @@ class WebSocketTransport:
                 return
         if protocol.handshake_exc is not None:
             self._lose(str(protocol.handshake_exc))
-        elif _is_too_large(protocol):
-            self._skipped()
 
     def _refused(self, status: int) -> None:
         """The server does not open a websocket, and says why with an HTTP status."""
@@ -358,12 +364,15 @@ class WebSocketTransport:
         else:
             self._lose(why)
 
-    def _skipped(self) -> None:
-        self.dropped["too large"] += 1
-        how = f"larger than {self._max_message / 1024**2:g} MiB"
-        self._lose(f"a message was {how}")
-        self.lost("iopub", how)  # which of the channels it was is not known
-        self.lost("shell", how)
+    def _has_ended(self) -> None:
+        """The connection, of which all has been taken that came."""
+        is_too_large = self._protocol is not None and _is_too_large(self._protocol)
+        self._lose(self._why_ending)
+        if is_too_large:
+            self.dropped["too large"] += 1
+            how = f"larger than {self._max_message / 1024**2:g} MiB"
+            self.lost("iopub", how)  # which of the channels it was is not known
+            self.lost("shell", how)
 
     def _take_frame(self, frame: Frame) -> None:
         from websockets.frames import Opcode
@@ -413,13 +422,14 @@ class WebSocketTransport:
             except OSError:  # it is gone; what came before is still to be read
                 self._unsent.clear()
             else:
-                self._last_sign = time.monotonic()
                 self._unsent[0] = self._unsent[0][sent:]
                 if not self._unsent[0]:
                     self._unsent.popleft()
 
     def _write_on(self) -> None:
         self._is_blocked = False
+        # What was sent has arrived, as there is room again. A ping behind much that is sent takes its time.
+        self._last_sign = time.monotonic()
         self._write()
 
 
@@ -432,6 +442,8 @@ def _is_too_large(protocol: ClientProtocol) -> bool:
 
 
 def _why_closed(protocol: ClientProtocol) -> str:
+    if _is_too_large(protocol):
+        return "a message was too large"
     received = protocol.close_rcvd
     if received is None:
         return "the connection was closed"

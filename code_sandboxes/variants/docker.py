@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,7 +18,7 @@ from code_sandboxes.isolation.bubblewrap import INIT
 from code_sandboxes.isolation.container import GUEST, WORKING_DIR, files_of
 from code_sandboxes.isolation.container_engine import Engine, url_of
 from code_sandboxes.isolation.engine import IMAGE
-from code_sandboxes.isolation.gpus import installed
+from code_sandboxes.isolation.gpus import installed, is_named
 from code_sandboxes.isolation.plan import Bounds, ContainerPlan, Plan
 from code_sandboxes.isolation.system import is_below
 from code_sandboxes.variants.base import ContextSpec
@@ -158,7 +157,7 @@ class LocalDocker(Kept):
         if wanted is None:
             return ()
         gpus = installed()
-        chosen = [number for number, model in gpus.items() if _is_named(wanted, model)]
+        chosen = [number for number, model in gpus.items() if is_named(wanted, model)]
         if not chosen:
             there = ", ".join(sorted(set(gpus.values()))) or "none"
             raise self.refuse(
@@ -204,13 +203,6 @@ class LocalDocker(Kept):
             "interrupt_mode": "signal",
             "by_descriptors": True,
         }
-
-
-def _is_named(wanted: str, model: str) -> bool:
-    """Do the words of *wanted* follow each other in *model*? An A10 is no A100."""
-    words, of_model = wanted.lower().split(), re.split(r"[\s-]+", model.lower())
-    places = range(len(of_model) - len(words) + 1)
-    return bool(words) and any(of_model[i : i + len(words)] == words for i in places)
 
 
 def _engine_of(options: Mapping[str, object], refuse: Refuse) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from code_sandboxes.checks import check_str
@@ -29,9 +30,13 @@ from code_sandboxes.variants.lifetimes import Lifetime
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
 
-__all__ = ["JupyterGateway"]
+__all__ = ["JupyterGateway", "limits_of"]
 
 _SERVERS = "that is the server's business; local-docker and local-jupyter can do it on this machine"
+_MAYBE = (
+    "only an Enterprise Gateway whose kernels are containers of Kubernetes does it, which is asked at the"
+    " start; local-docker can do it on this machine"
+)
 
 # Whoever asks with a shorter patience than the server's own may leave a kernel that nobody knows of.
 _LEAST_TO_START = 40.0
@@ -67,7 +72,7 @@ class JupyterGateway(Variant):
         self._default = ""
         self._contexts: dict[str, RemoteContext] = {}
         self._lifetime: Lifetime | None = None
-        self._was_attached = self._is_over = False
+        self._was_attached = self._is_over = self._limits = False
 
     def _place_of(self, options: Mapping[str, object]) -> tuple[Place, str | None]:
         token = _given(options, "token") or os.environ.get("JUPYTER_TOKEN")
@@ -97,12 +102,7 @@ class JupyterGateway(Variant):
         return self._known_server
 
     def _refuse_what_cannot_be(self, config: SandboxConfig) -> None:
-        for trait, what in (
-            ("memory_limit", "limit the memory"),
-            ("cpu_limit", "limit the CPUs"),
-            ("gpu", "choose a GPU"),
-            ("idle_timeout", "enforce idle_timeout"),
-        ):
+        for trait, what in (("gpu", "choose a GPU"), ("idle_timeout", "enforce idle_timeout")):
             if getattr(config, trait) is not None:
                 raise self.refuse(f"{what} ({trait}={getattr(config, trait)!r})", _SERVERS)
         if config.environment is not None:
@@ -129,8 +129,8 @@ class JupyterGateway(Variant):
             system_packages=Capability(False, "they would be installed on the server; use local-docker"),
             network_none=no,
             network_allowlist=no,
-            memory_limit=no,
-            cpu_limit=no,
+            memory_limit=Capability(False, _MAYBE),
+            cpu_limit=Capability(False, _MAYBE),
             pids_limit=no,
             disk_limit=no,
             gpu=no,
@@ -141,6 +141,16 @@ class JupyterGateway(Variant):
             pause=no,
             snapshots=Capability(False, "it cannot do that yet"),
             fork=no,
+        )
+
+    @property
+    def own_capabilities(self) -> Capabilities:
+        told = self.capabilities()
+        return replace(
+            told,
+            languages=tuple(self._languages()) or told.languages,
+            memory_limit=Capability(True) if self._limits else told.memory_limit,
+            cpu_limit=Capability(True) if self._limits else told.cpu_limit,
         )
 
     @property
@@ -179,9 +189,12 @@ class JupyterGateway(Variant):
             return language
         speaking = sorted(name for name, spec in self._specs.items() if spec.language == language.lower())
         if not speaking:
-            known = sorted({*self._specs, *(spec.language for spec in self._specs.values())})
-            raise ValueError(f"no kernel for the language {language!r} (installed: {', '.join(known)})")
+            known = ", ".join(self._languages())
+            raise ValueError(f"no kernel for the language {language!r} (installed: {known})")
         return self._default if self._default in speaking else speaking[0]
+
+    def _languages(self) -> list[str]:
+        return sorted({*self._specs, *(spec.language for spec in self._specs.values())})
 
     def language_of(self, kernel_name: str) -> str:
         return self._specs[kernel_name].language
@@ -218,6 +231,11 @@ class JupyterGateway(Variant):
                 f" (installed: {', '.join(sorted(self._specs)) or 'none'})"
             )
 
+        self._limits = self._server.is_enterprise_gateway() and self._specs[self._default].limits_resources
+        for trait, what in (("memory_limit", "limit the memory"), ("cpu_limit", "limit the CPUs")):
+            if getattr(self.config, trait) is not None and not self._limits:
+                raise self.refuse(f"{what} ({trait}={getattr(self.config, trait)!r})", _MAYBE)
+
     def launcher(self, spec: ContextSpec) -> Callable[[], RemoteKernel]:
         is_python = self._specs[spec.kernel_name].language == "python"
         env, cwd = {**self.config.env_vars, **spec.env}, spec.cwd or self.config.working_dir
@@ -240,7 +258,8 @@ class JupyterGateway(Variant):
 
     def _start(self, spec: ContextSpec) -> KernelModel:
         seconds = max(self.config.start_timeout, _LEAST_TO_START)
-        return self._server.start(spec.kernel_name, path=self._path, env=None, seconds=seconds)
+        env = limits_of(self.config) if self._limits else {}
+        return self._server.start(spec.kernel_name, path=self._path, env=env, seconds=seconds)
 
     def expire_in(self, seconds: float, why: str) -> None:
         assert self._lifetime is not None
@@ -316,6 +335,16 @@ class JupyterGateway(Variant):
     def detach(self, *, keep: bool) -> None:
         if self._lifetime is not None:
             self._lifetime.cancel()
+
+
+def limits_of(config: SandboxConfig) -> dict[str, str]:
+    """The limits as an Enterprise Gateway takes them (its documentation, "Kernel environment variables")."""
+    env: dict[str, str] = {}
+    if config.memory_limit is not None:
+        env |= dict.fromkeys(("KERNEL_MEMORY", "KERNEL_MEMORY_LIMIT"), str(config.memory_limit))
+    if config.cpu_limit is not None:
+        env |= dict.fromkeys(("KERNEL_CPUS", "KERNEL_CPUS_LIMIT"), f"{config.cpu_limit:g}")
+    return env
 
 
 def _given(options: Mapping[str, object], name: str) -> str | None:

@@ -1,0 +1,1005 @@
+"""What goes wrong with a server, with the way to it and with its kernels: told as it is, soon, and cleared up.
+
+No success with anything missing, no waiting beyond the bounds that ``variants/gateway.py`` states, nothing
+left on the server or here. Each test has that looked at when it is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from code_sandboxes import (
+    ExecutionResult,
+    Sandbox,
+    SandboxAuthenticationError,
+    SandboxConnectionError,
+    SandboxError,
+    SandboxNotFoundError,
+    SandboxNotStartedError,
+)
+from code_sandboxes.remote import kernels as remote_kernels
+from code_sandboxes.remote.rest import Rest
+from code_sandboxes.transports import websocket
+from code_sandboxes.transports.loop import the_loop
+from conftest import open_descriptors, wait_until
+from tests.cutting_proxy import CuttingProxy, Ending
+from tests.server_fixtures import needs_server
+from tests.servers import JupyterServer, Server
+from tests.servers.server import free_port
+from tests.websocket_proxy import WebSocketProxy
+
+pytestmark = pytest.mark.slow
+
+MIB = 1024**2
+
+# For what should take a moment: who waits longer, waits for what does not come.
+SOON = 20.0
+
+LONG = "print('began', flush=True)\nfor _ in range(6000): __import__('time').sleep(0.01)\nprint('ended')"
+
+# A thousand lines in a second and a half.
+LINES = "import time\nfor number in range(1000): print('line', number, flush=True); time.sleep(0.001)"
+ALL_LINES = "".join(f"line {number}\n" for number in range(1000)).rstrip("\n")
+
+
+class Diary(logging.Handler):
+    """All that anybody could read of what happened: log records of whatever library, errors, and objects."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.NOTSET)
+        self.entries: list[str] = []
+        self.secrets: set[str] = set()
+        self.setFormatter(logging.Formatter("%(name)s %(message)s %(args)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.entries.append(self.format(record))
+
+    def note(self, *things: object) -> None:
+        self.entries += [f"{thing!r} {thing}" for thing in things]
+
+    def note_error(self, error: BaseException) -> None:
+        self.note(error, vars(error))
+        self.entries += traceback.format_exception(error)
+
+
+@pytest.fixture(scope="module")
+def diary() -> Iterator[Diary]:
+    """Kept while the tests of this module go on; the last of them reads it."""
+    diary = Diary()
+    names = ("", "code_sandboxes", "requests", "urllib3", "websockets")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    logging.getLogger().addHandler(diary)
+    yield diary
+    logging.getLogger().removeHandler(diary)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, diary: Diary) -> Iterator[JupyterServer]:
+    """One that no test harms: a Jupyter Server as it is without any settings."""
+    needs_server(JupyterServer)
+    with JupyterServer(tmp_path_factory.mktemp("server")) as server:
+        diary.secrets.add(server.token)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def _fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
+    needs_server(JupyterServer)
+    with JupyterServer(tmp_path_factory.mktemp("fragile")) as server:
+        yield server
+
+
+@pytest.fixture
+def fragile(_fragile: JupyterServer, diary: Diary) -> JupyterServer:
+    """One that tests kill and start again; it runs, and has no kernels."""
+    if _fragile.process.poll() is not None:
+        _fragile.start()
+    diary.secrets.add(_fragile.token)
+    assert kernels(_fragile) == []
+    return _fragile
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(server: JupyterServer) -> Iterator[None]:
+    the_loop()
+    threads, descriptors = set(threading.enumerate()), open_descriptors()
+    yield
+    wait_until(lambda: kernels(server) == [])
+    wait_until(lambda: set(threading.enumerate()) <= threads)
+    try: wait_until(lambda: open_descriptors() <= descriptors, 3)
+    except AssertionError:
+        import gc
+        print({k: os.readlink(f"/proc/self/fd/{k}") for k in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{k}")}, descriptors, open_descriptors(), file=sys.stderr)
+        for c in psutil.Process().net_connections("all"): print(c, file=sys.stderr)
+        gc.collect(); print(open_descriptors(), threading.enumerate(), file=sys.stderr)
+        raise
+
+
+@pytest.fixture
+def proxy(server: JupyterServer) -> Iterator[CuttingProxy]:
+    with CuttingProxy(server.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def frames(server: JupyterServer) -> Iterator[WebSocketProxy]:
+    with WebSocketProxy(server.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is waited for by the clock takes a second or so."""
+    monkeypatch.setattr(websocket, "_PING_EVERY", 0.2)
+    monkeypatch.setattr(websocket, "_SILENT_FOR", 0.6)
+    monkeypatch.setattr(websocket, "_PATIENCE", 1.0)
+    monkeypatch.setattr(websocket, "_DIAL", 1.0)
+    monkeypatch.setattr(websocket, "_OPENING", 5.0)
+    monkeypatch.setattr(remote_kernels, "_ASK_EVERY", 0.5)
+    for function in (Rest.ask, Rest.expect):
+        assert function.__kwdefaults__ is not None
+        monkeypatch.setitem(function.__kwdefaults__, "seconds", 2.0)
+
+
+MakeSandbox = Callable[..., Sandbox]
+
+
+@pytest.fixture
+def make(server: JupyterServer, diary: Diary) -> Iterator[MakeSandbox]:
+    """Makes sandboxes at a URL, which end with the test."""
+    made: list[Sandbox] = []
+
+    def make(url: str, **settings: Any) -> Sandbox:
+        sandbox = Sandbox.create(
+            "jupyter-gateway", server_url=url, **{"token": server.token, "timeout": 60, **settings}
+        )
+        made.append(sandbox)
+        diary.note(sandbox, sandbox.info, sandbox.config, sandbox.id)
+        return sandbox
+
+    yield make
+    for sandbox in made:
+        diary.note(sandbox, sandbox.info)
+        with contextlib.suppress(SandboxError):  # the server may be gone
+            sandbox.kill()
+
+
+class Running:
+    """Something that is going on in a thread of its own."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function = function
+        self._value: object = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="running", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._function()
+        except Exception as error:  # it is what is asked for
+            self._error = error
+
+    @property
+    def is_over(self) -> bool:
+        return not self._thread.is_alive()
+
+    def outcome(self, seconds: float = SOON) -> Any:
+        self._thread.join(seconds)
+        assert self.is_over, f"it is still going on after {seconds} s"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class RunningCode(Running):
+    """A run, as it is after it has printed something."""
+
+    def __init__(self, sandbox: Sandbox, code: str, until: str = "began", **settings: Any) -> None:
+        self._began = threading.Event()
+
+        def look(message: Any) -> None:
+            if until in message.line:
+                self._began.set()
+
+        super().__init__(lambda: sandbox.run_code(code, on_stdout=look, **settings))
+        wait_until(lambda: self._began.is_set() or self.is_over)
+
+    def result(self, seconds: float = SOON) -> ExecutionResult:
+        result = self.outcome(seconds)
+        assert isinstance(result, ExecutionResult)
+        return result
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+@contextmanager
+def refused(diary: Diary, kind: type[Exception], match: str) -> Iterator[None]:
+    with within(SOON), pytest.raises(kind, match=match) as caught:
+        yield
+    diary.note_error(caught.value)
+
+
+def kernels(server: Server) -> list[str]:
+    return [kernel["id"] for kernel in server.request("GET", "/api/kernels").json()]
+
+
+def only_kernel(server: Server) -> str:
+    (kernel,) = kernels(server)
+    return f"/api/kernels/{kernel}"
+
+
+def process_of_kernel(sandbox: Sandbox) -> psutil.Process:
+    return psutil.Process(int(sandbox.run_code("import os; os.getpid()").text or ""))
+
+
+def sentence(result: ExecutionResult) -> str:
+    assert result.error is not None
+    return result.error.value
+
+
+def works(sandbox: Sandbox) -> bool:
+    result = sandbox.run_code("20 + 22")
+    return (result.status, result.text) == ("ok", "42")
+
+
+# The server.
+
+
+def test_a_server_that_is_killed_and_started_again_ends_the_run(
+    fragile: JupyterServer, make: MakeSandbox
+) -> None:
+    sandbox = make(fragile.url, token=fragile.token)
+    sandbox.run_code("x = 1")
+    run = RunningCode(sandbox, LONG)
+    fragile.kill()
+    fragile.start()
+    result = run.result()
+    assert (result.status, result.stdout, result.state_preserved) == ("kernel_died", "began", False)
+    assert "it is not on the server any more" in sentence(result)
+    assert sandbox.run_code("'x' in globals()").text == "False"
+    assert sandbox.terminate()
+    assert kernels(fragile) == []
+
+
+def test_a_server_that_is_killed_and_started_again_between_two_runs_has_lost_the_variables(
+    fragile: JupyterServer, make: MakeSandbox
+) -> None:
+    sandbox = make(fragile.url, token=fragile.token)
+    sandbox.run_code("x = 1")
+    fragile.kill()
+    fragile.start()
+    result = sandbox.run_code("'x' in globals()")
+    assert (result.status, result.text, result.state_preserved) == ("ok", "False", False)
+    assert sandbox.run_code("1").state_preserved
+
+
+def test_a_server_that_stays_away_is_waited_for_so_long_and_no_longer(
+    fragile: JupyterServer, make: MakeSandbox, impatient: None, diary: Diary
+) -> None:
+    sandbox = make(fragile.url, token=fragile.token)
+    run = RunningCode(sandbox, LONG)
+    fragile.kill()
+    result = run.result()
+    assert (result.status, result.stdout, result.state_preserved) == ("connection_lost", "began", False)
+    assert f"the connection to {fragile.url} was lost" in sentence(result)
+    with within(SOON):
+        not_run = sandbox.run_code("x = 1")
+    assert not_run.status == "aborted"
+    assert "did not answer" in sentence(not_run)
+    with refused(diary, SandboxConnectionError, "did not answer"):
+        sandbox.files.read("/etc/hostname")
+    fragile.start()
+    assert works(sandbox)
+
+
+def test_a_server_that_stays_away_between_two_runs_has_lost_the_variables_when_it_is_back(
+    fragile: JupyterServer, make: MakeSandbox, impatient: None
+) -> None:
+    sandbox = make(fragile.url, token=fragile.token)
+    sandbox.run_code("x = 1")
+    fragile.kill()
+    wait_until(lambda: not sandbox.run_code("1").success)
+    fragile.start()
+    result = sandbox.run_code("'x' in globals()")
+    assert (result.status, result.text, result.state_preserved) == ("ok", "False", False)
+
+
+def test_a_server_that_is_not_there_is_told_at_once(make: MakeSandbox, diary: Diary) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with refused(diary, SandboxConnectionError, f"the Jupyter server at {url} did not answer.*refused"):
+        make(url)
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_again_and_again(
+    proxy: CuttingProxy, make: MakeSandbox, impatient: None, diary: Diary
+) -> None:
+    proxy.stall()
+    with within(5), refused(diary, SandboxConnectionError, "did not answer.*timed out"):
+        make(proxy.url)
+
+
+def test_a_server_that_asks_to_come_again_in_an_hour_is_not_waited_for(
+    make: MakeSandbox, diary: Diary
+) -> None:
+    class Busy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.send_header("Retry-After", "3600")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    with HTTPServer(("127.0.0.1", 0), Busy) as busy:
+        thread = threading.Thread(target=busy.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            with refused(diary, SandboxConnectionError, "HTTP status 503"):
+                make(f"http://127.0.0.1:{busy.server_address[1]}")
+        finally:
+            busy.shutdown()
+            thread.join()
+
+
+def test_a_kernel_that_cannot_be_deleted_is_told(
+    fragile: JupyterServer, make: MakeSandbox, diary: Diary
+) -> None:
+    sandbox = make(fragile.url, token=fragile.token)
+    kernel = only_kernel(fragile).rpartition("/")[2]
+    fragile.kill()
+    with refused(diary, SandboxConnectionError, f"the kernel {kernel} is left"):
+        sandbox.terminate()
+    assert not sandbox.is_running
+    assert not sandbox.terminate()
+
+
+def test_the_end_does_not_wait_for_a_server_that_says_nothing(
+    proxy: CuttingProxy, server: JupyterServer, make: MakeSandbox, impatient: None, diary: Diary
+) -> None:
+    sandbox = make(proxy.url)
+    proxy.stall()
+    with within(10), refused(diary, SandboxConnectionError, "is left"):
+        sandbox.terminate()
+    proxy.cut()
+    proxy.resume()
+    server.request("DELETE", only_kernel(server))
+
+
+def test_a_token_that_is_revoked_is_told(fragile: JupyterServer, make: MakeSandbox, diary: Diary) -> None:
+    sandbox = make(fragile.url, token=fragile.token)
+    run = RunningCode(sandbox, LONG)
+    fragile.kill()
+    fragile.token = "another-" + fragile.token[::-1]
+    diary.secrets.add(fragile.token)
+    fragile.start()
+    result = run.result()
+    assert (result.status, result.stdout, result.state_preserved) == ("connection_lost", "began", False)
+    assert "does not let this token to the kernel" in sentence(result)
+    not_run = sandbox.run_code("1")
+    assert not_run.status == "aborted"
+    assert "does not take this token" in sentence(not_run)
+    with refused(diary, SandboxConnectionError, "is left.*does not take this token"):
+        sandbox.terminate()
+
+
+# The way to it.
+
+
+@pytest.mark.parametrize("ending", ["reset", "end"])
+def test_a_connection_that_is_cut_in_the_middle_of_output_costs_no_success(
+    proxy: CuttingProxy, make: MakeSandbox, ending: Ending
+) -> None:
+    sandbox = make(proxy.url)
+    sandbox.run_code("x = 7")
+    run = RunningCode(sandbox, LINES, until="line 300")
+    proxy.cut(ending)
+    result = run.result()
+    assert result.status in ("ok", "connection_lost")
+    assert result.stdout == ALL_LINES or result.truncated or result.status == "connection_lost"
+    assert result.stdout.startswith("line 0\nline 1\n")
+    assert result.state_preserved
+    again = sandbox.run_code("x")
+    assert (again.status, again.text, again.truncated) == ("ok", "7", False)
+
+
+@pytest.mark.parametrize("code", [1001, 1006, 1012])
+def test_output_that_was_lost_with_a_connection_is_missed(
+    frames: WebSocketProxy, make: MakeSandbox, code: int
+) -> None:
+    sandbox = make(frames.url)
+    frames.close_before(b"line 500", code)
+    result = sandbox.run_code(LINES)
+    assert (result.status, result.truncated) == ("ok", True)
+    assert "line 499\n" in result.stdout
+    assert result.stdout.endswith("line 999")
+    assert works(sandbox)
+
+
+def test_a_reply_that_was_lost_with_a_connection_is_not_made_up(
+    frames: WebSocketProxy, make: MakeSandbox
+) -> None:
+    sandbox = make(frames.url)
+    frames.close_before(b'"execute_reply"', 1006)
+    result = sandbox.run_code("x = 7; print('ended')")
+    assert (result.status, result.stdout, result.state_preserved) == ("connection_lost", "ended", True)
+    assert "the connection to the kernel was lost for a while, and with it how the code ended" in sentence(
+        result
+    )
+    assert sandbox.run_code("x").text == "7"
+
+
+def test_a_connection_that_is_cut_between_two_runs_costs_nothing(
+    proxy: CuttingProxy, make: MakeSandbox
+) -> None:
+    sandbox = make(proxy.url)
+    sandbox.run_code("x = 7")
+    for _ in range(3):
+        assert proxy.cut() > 0
+        result = sandbox.run_code("x")
+        assert (result.status, result.text, result.truncated, result.state_preserved) == (
+            "ok",
+            "7",
+            False,
+            True,
+        )
+
+
+def test_a_run_that_begins_while_the_connection_is_away_is_run_when_it_is_back(
+    proxy: CuttingProxy, make: MakeSandbox
+) -> None:
+    sandbox = make(proxy.url)
+    sandbox.run_code("x = 7")
+    proxy.refuse()
+    proxy.cut()
+    run = Running(lambda: sandbox.run_code("print(x)\nx = 8"))
+    wait_until(lambda: sandbox.is_executing)
+    proxy.accept()
+    result = run.outcome()
+    assert (result.status, result.stdout, result.truncated) == ("ok", "7", False)
+    assert sandbox.run_code("x").text == "8"
+
+
+def test_a_connection_that_says_nothing_any_more_is_noticed(
+    proxy: CuttingProxy, make: MakeSandbox, impatient: None
+) -> None:
+    sandbox = make(proxy.url)
+    sandbox.run_code("x = 7")
+    run = RunningCode(sandbox, LONG)
+    proxy.stall()
+    result = run.result()
+    assert (result.status, result.stdout) == ("connection_lost", "began")
+    assert f"the connection to {proxy.url} was lost" in sentence(result)
+    proxy.cut()
+    proxy.resume()
+    result = sandbox.run_code("x")  # and not after the minute that the run would have taken
+    assert (result.status, result.text, result.state_preserved) == ("ok", "7", True)
+
+
+def test_a_connection_that_says_nothing_for_a_while_is_made_again(
+    proxy: CuttingProxy, make: MakeSandbox, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(websocket, "_PATIENCE", SOON)
+    sandbox = make(proxy.url)
+    run = RunningCode(sandbox, "print('began', flush=True)\nimport time; time.sleep(2); print('ended')")
+    before = proxy.connections
+    proxy.stall()
+    wait_until(lambda: proxy.connections > before)
+    proxy.cut()
+    proxy.resume()
+    result = run.result()
+    assert result.status == "ok" if "ended" in result.stdout else result.truncated
+    assert works(sandbox)
+
+
+def test_a_run_that_times_out_while_the_server_is_away_does_not_say_that_it_was_stopped(
+    fragile: JupyterServer, make: MakeSandbox
+) -> None:
+    sandbox = make(fragile.url, token=fragile.token)
+    run = RunningCode(sandbox, LONG, timeout=1)
+    fragile.kill()
+    result = run.result()
+    assert (result.status, result.stdout, result.state_preserved) == ("timed_out", "began", False)
+    assert "the code was interrupted" not in sentence(result)
+    assert "nobody knows" in sentence(result)
+
+
+def test_proxies_that_cut_what_is_silent_do_not_meet_anything_silent(
+    proxy: CuttingProxy, make: MakeSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # They cut after 30 s, and something is sent every 10 s: here it all is fifteen times faster.
+    assert 3 * websocket._PING_EVERY <= 30
+    monkeypatch.setattr(websocket, "_PING_EVERY", websocket._PING_EVERY / 15)
+    sandbox = make(proxy.url)
+    sandbox.run_code("x = 7")
+    before = proxy.connections
+    proxy.cut_idle(2.0)
+    result = sandbox.run_code("import time; time.sleep(2.7); print('ended')")
+    assert (result.status, result.stdout, result.truncated) == ("ok", "ended", False)
+    assert proxy.connections == before
+    assert works(sandbox)
+    sandbox.restart()  # by a connection for which nothing is sent
+    assert works(sandbox)
+
+
+@pytest.mark.parametrize("lost", ["kernel_info_reply", "execute_reply", "execute_input", "idle"])
+def test_a_start_does_not_wait_for_what_was_lost_on_its_way(
+    frames: WebSocketProxy, make: MakeSandbox, lost: str
+) -> None:
+    frames.close_before(f'"{lost}"'.encode(), 1006)
+    with within(SOON):
+        sandbox = make(frames.url)
+    assert works(sandbox)
+    assert sandbox.files.exists("/")
+
+
+def test_a_start_is_not_stopped_by_a_connection_that_is_cut(proxy: CuttingProxy, make: MakeSandbox) -> None:
+    with ExitStack() as made:
+        for _ in range(4):
+            before = proxy.connections
+            start = Running(lambda: made.enter_context(make(proxy.url)))
+            wait_until(lambda before=before: proxy.connections > before + 1 or start.is_over)  # type: ignore[misc]
+            proxy.cut()
+            assert works(start.outcome())
+
+
+def test_what_is_attached_to_does_not_wait_for_what_was_lost_on_its_way(
+    frames: WebSocketProxy, server: JupyterServer, make: MakeSandbox
+) -> None:
+    make(server.url).run_code("x = 7")
+    frames.close_before(b'"kernel_info_reply"', 1006)
+    again = Sandbox.from_id(f"jupyter-gateway:{frames.url}#{kernels(server)[0]}", token=server.token)
+    with within(SOON):
+        assert again.run_code("x").text == "7"
+    again.detach()
+
+
+def test_frames_that_come_twice_count_once(frames: WebSocketProxy, make: MakeSandbox) -> None:
+    frames.duplicate()
+    sandbox = make(frames.url)
+    result = sandbox.run_code("for n in range(50): print(n, flush=True)\nprint(input('?'))\n7", on_input=str)
+    assert result.success, result
+    assert result.stdout == "".join(f"{n}\n" for n in range(50)) + "InputRequest(prompt='?', password=False)"
+    assert [each.text for each in result.results] == ["7"]
+    assert sandbox.run_code("1 / 0").status == "error"
+    assert sandbox.commands.run("seq 5").stdout == "1\n2\n3\n4\n5\n"
+    sandbox.files.write_bytes("/tmp/twice", bytes(3 * MIB))
+    assert sandbox.files.read_bytes("/tmp/twice") == bytes(3 * MIB)
+    sandbox.files.rm("/tmp/twice")
+
+
+def test_a_download_that_is_cut_leaves_the_file_as_it_was(
+    proxy: CuttingProxy, make: MakeSandbox, tmp_path: Path, diary: Diary
+) -> None:
+    sandbox = make(proxy.url)
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.write_bytes(os.urandom(MIB) * 50)
+    here.write_text("as it was")
+    before = proxy.bytes_down
+    download = Running(lambda: sandbox.files.download(str(there), str(here)))
+    wait_until(lambda: proxy.bytes_down > before + 10 * MIB)
+    proxy.cut()
+    with refused(diary, SandboxConnectionError, "connection"):
+        download.outcome()
+    assert here.read_text() == "as it was"
+    assert [path.name for path in tmp_path.iterdir() if path not in (there, here)] == []
+    sandbox.files.download(str(there), str(here))
+    assert here.read_bytes() == there.read_bytes()
+
+
+def test_an_upload_that_is_cut_leaves_the_file_as_it_was(
+    proxy: CuttingProxy, make: MakeSandbox, tmp_path: Path, diary: Diary
+) -> None:
+    sandbox = make(proxy.url)
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.write_bytes(os.urandom(MIB) * 50)
+    there.write_text("as it was")
+    before = proxy.bytes_up
+    upload = Running(lambda: sandbox.files.upload(str(here), str(there)))
+    wait_until(lambda: proxy.bytes_up > before + 10 * MIB)
+    proxy.cut()
+    with refused(diary, SandboxConnectionError, "connection"):
+        upload.outcome()
+    assert there.read_text() == "as it was"
+    sandbox.files.upload(str(here), str(there))
+    assert there.read_bytes() == here.read_bytes()
+
+
+def test_calls_that_are_on_when_the_connection_is_lost_do_not_wait_for_the_next(
+    proxy: CuttingProxy, make: MakeSandbox, tmp_path: Path, diary: Diary
+) -> None:
+    sandbox = make(proxy.url)
+    os.mkfifo(tmp_path / "never")
+    began = threading.Event()
+    calls = [
+        Running(lambda: sandbox.commands.run("echo began; sleep 60", on_stdout=lambda _: began.set())),
+        Running(lambda: sandbox.files.read_bytes("/dev/zero", 0, 1_000_000_000)),
+    ]
+    assert began.wait(SOON)
+    proxy.refuse()
+    proxy.cut()
+    for call in calls:
+        with refused(diary, SandboxConnectionError, "the connection to the kernel was lost"):
+            call.outcome(5)
+    proxy.accept()
+    assert sandbox.commands.run("echo again").stdout == "again\n"
+    sandbox.commands.run("pkill -f '^sleep 60$'")
+
+
+# Its kernels.
+
+
+def test_a_kernel_that_somebody_deletes_ends_the_run(server: JupyterServer, make: MakeSandbox) -> None:
+    sandbox = make(server.url)
+    run = RunningCode(sandbox, LONG)
+    server.request("DELETE", only_kernel(server))
+    result = run.result()
+    assert (result.status, result.stdout, result.state_preserved) == ("kernel_died", "began", False)
+    assert "somebody has deleted it" in sentence(result)
+    assert works(sandbox)
+    assert len(kernels(server)) == 1
+
+
+def test_a_kernel_that_somebody_deletes_between_two_runs_has_lost_the_variables(
+    server: JupyterServer, make: MakeSandbox
+) -> None:
+    sandbox = make(server.url)
+    sandbox.run_code("x = 7")
+    server.request("DELETE", only_kernel(server))
+    result = sandbox.run_code("'x' in globals()")
+    assert (result.status, result.text, result.state_preserved) == ("ok", "False", False)
+    assert sandbox.files.exists("/")
+    assert sandbox.id.endswith(kernels(server)[0])
+
+
+def test_a_kernel_that_somebody_restarts_ends_the_run(server: JupyterServer, make: MakeSandbox) -> None:
+    sandbox = make(server.url)
+    kernel = only_kernel(server)
+    run = RunningCode(sandbox, LONG)
+    server.request("POST", f"{kernel}/restart").raise_for_status()
+    result = run.result()
+    assert (result.status, result.stdout, result.state_preserved) == ("kernel_died", "began", False)
+    assert "somebody has restarted it" in sentence(result)
+    assert works(sandbox)
+    assert only_kernel(server) == kernel
+
+
+def test_a_kernel_that_somebody_restarts_between_two_runs_has_lost_the_variables(
+    server: JupyterServer, make: MakeSandbox
+) -> None:
+    sandbox = make(server.url)
+    sandbox.run_code("x = 7")
+    server.request("POST", f"{only_kernel(server)}/restart").raise_for_status()
+    result = sandbox.run_code("'x' in globals()")
+    assert (result.status, result.text, result.state_preserved) == ("ok", "False", False)
+
+
+def test_a_kernel_that_is_restarted_while_the_connection_is_away_has_lost_the_variables(
+    proxy: CuttingProxy, server: JupyterServer, make: MakeSandbox
+) -> None:
+    sandbox = make(proxy.url)
+    sandbox.run_code("x = 7")
+    run = RunningCode(sandbox, LONG)
+    proxy.refuse()
+    proxy.cut()
+    server.request("POST", f"{only_kernel(server)}/restart").raise_for_status()
+    proxy.accept()
+    result = run.result()
+    assert (result.status, result.stdout, result.state_preserved) == ("kernel_died", "began", False)
+    assert sandbox.run_code("'x' in globals()").text == "False"
+
+
+def test_a_kernel_that_is_killed_ends_the_run(server: JupyterServer, make: MakeSandbox) -> None:
+    sandbox = make(server.url)
+    process = process_of_kernel(sandbox)
+    run = RunningCode(sandbox, LONG)
+    process.kill()
+    result = run.result()
+    assert (result.status, result.stdout, result.state_preserved) == ("kernel_died", "began", False)
+    assert "it died" in sentence(result)
+    assert works(sandbox)
+    assert len(kernels(server)) == 1
+
+
+def test_code_that_ends_its_kernel_has_ended_it(make: MakeSandbox, server: JupyterServer) -> None:
+    sandbox = make(server.url)
+    result = sandbox.run_code("print('last words', flush=True)\nimport os; os._exit(3)")
+    assert (result.status, result.stdout, result.state_preserved) == ("kernel_died", "last words", False)
+    assert works(sandbox)
+
+
+def test_code_that_exits_leaves_a_sandbox_that_works(make: MakeSandbox, server: JupyterServer) -> None:
+    sandbox = make(server.url)
+    sandbox.run_code("x = 7")
+    for code in ("exit()", "quit()", "import sys; sys.exit()"):
+        result = sandbox.run_code(f"print('said')\n{code}")
+        assert (result.status, result.exit_code, result.stdout, result.success) == ("exited", 0, "said", True)
+        assert works(sandbox)
+    assert sandbox.run_code("import sys; sys.exit(3)").exit_code == 3
+    assert sandbox.run_code("x").text == "7"
+
+
+def test_a_kernel_that_is_culled_ends_the_run_or_has_lost_the_variables(
+    new_jupyter_server: Callable[..., JupyterServer], make: MakeSandbox, diary: Diary
+) -> None:
+    culling = new_jupyter_server(
+        settings={
+            "MappingKernelManager.cull_idle_timeout": 1,
+            "MappingKernelManager.cull_interval": 1,
+            "MappingKernelManager.cull_connected": True,
+            "MappingKernelManager.cull_busy": True,
+        }
+    )
+    diary.secrets.add(culling.token)
+    sandbox = make(culling.url, token=culling.token)
+    result = RunningCode(sandbox, LONG).result()
+    assert (result.status, result.stdout, result.state_preserved) == ("kernel_died", "began", False)
+    assert "it was culled for being idle" in sentence(result)
+    sandbox.run_code("x = 7")
+    wait_until(lambda: kernels(culling) == [])
+    result = sandbox.run_code("'x' in globals()")
+    assert (result.status, result.text, result.state_preserved) == ("ok", "False", False)
+    sandbox.terminate()
+    assert kernels(culling) == []
+
+
+# Who may.
+
+
+@pytest.mark.parametrize("token", ["not-the-token-of-the-server", None])
+def test_a_token_that_the_server_does_not_know_is_told(
+    server: JupyterServer, make: MakeSandbox, diary: Diary, token: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JUPYTER_TOKEN", raising=False)
+    diary.secrets |= {token} if token else set()
+    with refused(diary, SandboxAuthenticationError, "token"):
+        make(server.url, token=token)
+    assert kernels(server) == []
+
+
+# Several programs.
+
+
+def program(code: str, server: JupyterServer, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, server.url, *arguments],
+        env={**os.environ, "JUPYTER_TOKEN": server.token},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def said_by(started: subprocess.Popen[str]) -> str:
+    try:
+        output, errors = started.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        started.kill()
+        raise
+    assert started.returncode == 0, errors
+    return output
+
+
+def test_two_programs_use_one_kernel_by_its_id(
+    server: JupyterServer, make: MakeSandbox, diary: Diary
+) -> None:
+    sandbox = make(server.url)
+    sandbox.run_code("x = 7")
+    said = said_by(
+        program(
+            "import sys\n"
+            "from code_sandboxes import Sandbox\n"
+            "sandbox = Sandbox.from_id(sys.argv[2])\n"
+            "print(sandbox.run_code('x').text)\n"
+            "sandbox.run_code('x = 8')\n"
+            "sandbox.files.write('/tmp/by-the-other', 'other')\n",
+            server,
+            sandbox.id,
+        )
+    )
+    assert said == "7\n"
+    assert sandbox.run_code("x").text == "8"
+    assert sandbox.files.read("/tmp/by-the-other") == "other"
+    sandbox.files.rm("/tmp/by-the-other")
+
+
+def test_an_id_that_is_unknown_starts_nothing(server: JupyterServer, diary: Diary) -> None:
+    for name in ("00000000-0000-4000-8000-000000000000", "not/an/id", ""):
+        with refused(diary, SandboxNotFoundError, name):
+            Sandbox.from_id(f"jupyter-gateway:{server.url}#{name}", token=server.token)
+    assert kernels(server) == []
+
+
+@pytest.fixture
+def kernel_of_somebody(server: JupyterServer) -> Iterator[str]:
+    kernel = server.request("POST", "/api/kernels", json={"name": "python3"}).json()["id"]
+    yield kernel
+    server.request("DELETE", f"/api/kernels/{kernel}")
+
+
+def test_a_kernel_that_was_given_is_left_as_it_is(
+    server: JupyterServer, make: MakeSandbox, kernel_of_somebody: str
+) -> None:
+    with make(server.url, kernel_id=kernel_of_somebody) as sandbox:
+        sandbox.run_code("x = 7")
+    assert kernels(server) == [kernel_of_somebody]
+    with make(server.url, kernel_id=kernel_of_somebody) as sandbox:
+        assert sandbox.run_code("x").text == "7"
+    assert kernels(server) == [kernel_of_somebody]
+
+
+def test_a_kernel_that_was_given_and_is_gone_is_not_replaced(
+    server: JupyterServer, make: MakeSandbox, kernel_of_somebody: str
+) -> None:
+    sandbox = make(server.url, kernel_id=kernel_of_somebody)
+    run = RunningCode(sandbox, LONG)
+    server.request("DELETE", f"/api/kernels/{kernel_of_somebody}")
+    assert run.result().status == "kernel_died"
+    result = sandbox.run_code("1")
+    assert result.status == "aborted"
+    assert f"the kernel {kernel_of_somebody} is gone" in sentence(result)
+    assert kernels(server) == []
+
+
+def test_what_was_detached_goes_on_and_is_found_again(server: JupyterServer, make: MakeSandbox) -> None:
+    sandbox = make(server.url)
+    sandbox.run_code("x = 7")
+    name = sandbox.id
+    sandbox.detach()
+    with pytest.raises(SandboxNotStartedError, match="detached"):
+        sandbox.run_code("x")
+    assert name.endswith(kernels(server)[0])
+    again = Sandbox.from_id(name, token=server.token)
+    assert again.run_code("x").text == "7"
+    assert again.terminate()
+
+
+CREATES = (
+    "import os, sys\n"
+    "from code_sandboxes import Sandbox\n"
+    "sandbox = Sandbox.create('jupyter-gateway', server_url=sys.argv[1])\n"
+    "print(sandbox.id, flush=True)\n"
+)
+
+
+def test_a_program_that_just_ends_leaves_no_kernel(server: JupyterServer) -> None:
+    said_by(program(CREATES + "sandbox.run_code('1')", server))
+    assert kernels(server) == []
+
+
+def test_a_program_that_is_interrupted_in_a_run_leaves_no_kernel(server: JupyterServer) -> None:
+    code = CREATES + f"sandbox.run_code({LONG!r}, on_stdout=lambda message: print(message.line, flush=True))"
+    started = program(code, server)
+    with started:
+        assert started.stdout is not None
+        assert started.stderr is not None
+        while started.stdout.readline() != "began\n":
+            assert started.poll() is None, started.stderr.read()
+        started.send_signal(signal.SIGINT)
+        assert started.wait(SOON) == -signal.SIGINT
+    assert kernels(server) == []
+
+
+def test_the_kernel_of_a_program_that_was_killed_can_be_reached_and_ended(server: JupyterServer) -> None:
+    with program(CREATES + "input()", server) as started:
+        assert started.stdout is not None
+        name = started.stdout.readline().strip()
+        started.kill()
+    sandbox = Sandbox.from_id(name, token=server.token)
+    assert works(sandbox)
+    assert sandbox.terminate()
+
+
+def test_the_end_of_a_fork_ends_nothing(server: JupyterServer, make: MakeSandbox) -> None:
+    said = said_by(
+        program(
+            CREATES + "if os.fork() == 0:\n"
+            "    sys.exit()\n"
+            "os.wait()\n"
+            "print(sandbox.run_code('6 * 7').text)\n",
+            server,
+        )
+    )
+    assert said.endswith("\n42\n")
+
+
+# How much.
+
+
+def test_much_output_comes_whole_through_a_server_with_limits(
+    server: JupyterServer, make: MakeSandbox
+) -> None:
+    sandbox = make(server.url)
+    result = sandbox.run_code("for n in range(200_000): print(f'{n:049}')")
+    assert (result.status, result.truncated) == ("ok", False)
+    assert result.stdout == "\n".join(f"{n:049}" for n in range(200_000))
+    result = sandbox.run_code("print('x' * 10_000_000)")
+    assert (result.status, result.stdout, result.truncated) == ("ok", "x" * 10_000_000, False)
+
+
+def test_a_large_file_comes_whole_both_ways(
+    server: JupyterServer, make: MakeSandbox, tmp_path: Path
+) -> None:
+    sandbox = make(server.url)
+    here, there, back = tmp_path / "here", tmp_path / "there", tmp_path / "back"
+    here.write_bytes(os.urandom(MIB) * 100)
+    sandbox.files.upload(str(here), str(there))
+    sandbox.files.download(str(there), str(back))
+    assert back.read_bytes() == here.read_bytes()
+
+
+def test_a_message_that_is_too_large_is_missed(server: JupyterServer, make: MakeSandbox) -> None:
+    sandbox = make(server.url)
+    result = sandbox.run_code("print('before')\nx = 7\nb'x'.decode() * (70 * 1024 ** 2)")
+    assert (result.stdout, result.text, result.truncated) == ("before", None, True)
+    assert result.status in ("ok", "connection_lost")
+    assert result.state_preserved
+    assert sandbox.run_code("x").text == "7"
+
+
+def test_code_that_is_too_long_for_the_server_is_told(server: JupyterServer, make: MakeSandbox) -> None:
+    sandbox = make(server.url)
+    with within(SOON):
+        result = sandbox.run_code("#" + "x" * 9 * MIB)
+    assert result.status == "aborted"
+    assert "too long" in sentence(result)
+    assert works(sandbox)
+    assert sandbox.run_code("#" + "x" * 7 * MIB).success
+
+
+# Who sees the token.
+
+
+def test_after_all_of_this_the_token_has_been_nowhere_to_be_read(
+    server: JupyterServer, _fragile: JupyterServer, make: MakeSandbox, diary: Diary
+) -> None:
+    sandbox = make(server.url)
+    sandbox.commands.run("true")
+    diary.note(sandbox, sandbox.info, sandbox.config, sandbox.capabilities, vars(sandbox))
+    core = sandbox._core
+    diary.note(core, core.variant, core.record(), *vars(core.variant).values())
+    for context in core.variant._contexts.values():  # type: ignore[attr-defined]  # it is a JupyterGateway
+        diary.note(context, *vars(context).values())
+        diary.note(context.server.channels(context.kernel_id, "session"))
+    diary.entries += [json.dumps(line) for line in command_lines()]
+    diary.entries += [server.log.read_text(errors="replace"), _fragile.log.read_text(errors="replace")]
+    assert any(entry.startswith("urllib3") for entry in diary.entries)
+    assert "session_id=" in diary.entries[-2]  # what the server logs of websockets
+    for secret in diary.secrets:
+        told = [entry for entry in diary.entries if secret in entry]
+        assert told == []
+
+
+def command_lines() -> list[list[str]]:
+    lines = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            lines.append(process.cmdline())
+    return lines
