@@ -4,10 +4,10 @@ A test that asks for ``sandbox`` runs once for each variant that ``--variant`` n
 can do what the test needs, and in a module that says ``EVERY_FRONT = True`` through each front. In a module
 that says ``FAST_VARIANT = "..."`` the other variants are for the whole suite only. In one that says
 ``ISOLATED = True`` sandboxes are isolated where this machine can do that. One that says
-``IN_A_CONTAINER = True`` is run on local-docker, too, through one front, and one that says
-``AT_DATALAYER = True`` on datalayer-runtime, against a service on this machine; the others are only if
-``--variant`` names that. What cannot run here is skipped with its reason, and all reasons are told again at
-the end.
+``IN_A_CONTAINER = True`` is run on local-docker, too, one that says ``ON_A_SERVER = True`` on jupyter-gateway,
+and one that says ``AT_DATALAYER = True`` on datalayer-runtime, against a service on this machine; the others
+are only if ``--variant`` names that. Those have one front, and so have tests that take their time. What cannot
+run here is skipped with its reason, and all reasons are told again at the end.
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ SERVED: dict[str, str] = {
     SandboxVariant.DATALAYER_RUNTIME: "datalayer",
 }
 
+# And what a module says that is run on them.
+SAYS = {
+    SandboxVariant.LOCAL_DOCKER: "IN_A_CONTAINER",
+    SandboxVariant.JUPYTER_GATEWAY: "ON_A_SERVER",
+    SandboxVariant.DATALAYER_RUNTIME: "AT_DATALAYER",
+}
+
 pytest_plugins = ["tests.server_fixtures"]
 
 # What says that no isolation is intended, where a variant would have some, or warn that there is none.
@@ -91,7 +98,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         fronts: tuple[str, ...] = FRONTS if every is True else every or FRONTS[:1]
         if metafunc.definition.get_closest_marker("callbacks"):
             fronts = tuple(front for front in fronts if front != "iterator")
-        if metafunc.definition.get_closest_marker("one_front"):
+        # What takes its time is about kernels and their servers; how they are driven the quick ones show.
+        if any(metafunc.definition.get_closest_marker(marker) for marker in ("one_front", "slow")):
             fronts = fronts[:1]
         # One front is enough for a first answer; the others are the whole suite's.
         marks = {front: () if front == FRONTS[0] else (pytest.mark.slow,) for front in fronts}
@@ -100,10 +108,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _variants(module: object) -> list[SandboxVariant]:
     """Those that the tests of *module* are for, if nobody says otherwise."""
-    at_datalayer = getattr(module, "AT_DATALAYER", False)
-    return [
-        variant for variant in SandboxVariant if at_datalayer or variant != SandboxVariant.DATALAYER_RUNTIME
-    ]
+    left_out = {variant for variant, says in SAYS.items() if not getattr(module, says, False)}
+    return [variant for variant in SandboxVariant if variant not in left_out]
 
 
 @cache
@@ -133,11 +139,11 @@ def _can_run(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     if callspec is None or "variant" not in callspec.params:
         return True
+    if callspec.params["variant"] in SAYS and callspec.params.get("front", FRONTS[0]) != FRONTS[0]:
+        return False  # to the fronts it is the same as local-jupyter
     if callspec.params["variant"] == SandboxVariant.LOCAL_DOCKER:
-        # To the fronts it is the same as local-jupyter, by way of the same keeper.
         is_left_out = (
             not getattr(getattr(item, "module", None), "IN_A_CONTAINER", False)
-            or callspec.params.get("front", FRONTS[0]) != FRONTS[0]
             or item.get_closest_marker("not_in_a_container") is not None
             or any(name.startswith("languages.") for name in needed)
         )

@@ -38,6 +38,7 @@ from code_sandboxes.steps import Operation
 from conftest import BUSY, UNISOLATED, MakeSandbox, wait_until
 
 IN_A_CONTAINER = True
+ON_A_SERVER = True
 
 
 ISOLATED = True

@@ -13,6 +13,7 @@ from code_sandboxes import Context, ContextNotFoundError, Sandbox, SandboxConnec
 from conftest import BUSY, MakeSandbox
 
 IN_A_CONTAINER = True
+ON_A_SERVER = True
 
 
 ISOLATED = True

@@ -13,6 +13,7 @@ from conftest import MakeSandbox
 ISOLATED = True
 FAST_VARIANT = "local-jupyter"
 EVERY_FRONT = ("blocking", "async")
+ON_A_SERVER = True
 
 needs_environment = pytest.mark.needs("environment")
 

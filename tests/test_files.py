@@ -28,6 +28,7 @@ from conftest import BUSY, open_descriptors, wait_until
 from tests.test_keeper import mounted_tmpfs
 
 IN_A_CONTAINER = True
+ON_A_SERVER = True
 
 FAST_VARIANT = "local-jupyter"
 EVERY_FRONT = ("blocking", "async")

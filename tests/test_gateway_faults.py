@@ -128,12 +128,25 @@ def nothing_is_left(server: JupyterServer) -> Iterator[None]:
     yield
     wait_until(lambda: kernels(server) == [])
     wait_until(lambda: set(threading.enumerate()) <= threads)
-    try: wait_until(lambda: open_descriptors() <= descriptors, 3)
+    try:
+        wait_until(lambda: open_descriptors() <= descriptors, 3)
     except AssertionError:
         import gc
-        print({k: os.readlink(f"/proc/self/fd/{k}") for k in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{k}")}, descriptors, open_descriptors(), file=sys.stderr)
-        for c in psutil.Process().net_connections("all"): print(c, file=sys.stderr)
-        gc.collect(); print(open_descriptors(), threading.enumerate(), file=sys.stderr)
+
+        print(
+            {
+                k: os.readlink(f"/proc/self/fd/{k}")
+                for k in os.listdir("/proc/self/fd")
+                if os.path.exists(f"/proc/self/fd/{k}")
+            },
+            descriptors,
+            open_descriptors(),
+            file=sys.stderr,
+        )
+        for c in psutil.Process().net_connections("all"):
+            print(c, file=sys.stderr)
+        gc.collect()
+        print(open_descriptors(), threading.enumerate(), file=sys.stderr)
         raise
 
 
@@ -944,9 +957,7 @@ def test_much_output_comes_whole_through_a_server_with_limits(
     assert (result.status, result.stdout, result.truncated) == ("ok", "x" * 10_000_000, False)
 
 
-def test_a_large_file_comes_whole_both_ways(
-    server: JupyterServer, make: MakeSandbox, tmp_path: Path
-) -> None:
+def test_a_large_file_comes_whole_both_ways(server: JupyterServer, make: MakeSandbox, tmp_path: Path) -> None:
     sandbox = make(server.url)
     here, there, back = tmp_path / "here", tmp_path / "there", tmp_path / "back"
     here.write_bytes(os.urandom(MIB) * 100)

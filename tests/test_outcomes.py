@@ -23,6 +23,7 @@ from code_sandboxes import (
 from conftest import BUSY, BUSY_OR_WAITING, MakeSandbox, wait_until
 
 IN_A_CONTAINER = True
+ON_A_SERVER = True
 
 
 ISOLATED = True

@@ -17,6 +17,7 @@ from code_sandboxes import (
 from conftest import BUSY, MakeSandbox
 
 IN_A_CONTAINER = True
+ON_A_SERVER = True
 
 
 ISOLATED = True

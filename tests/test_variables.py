@@ -45,6 +45,7 @@ from conftest import UNISOLATED
 
 ISOLATED = True
 EVERY_FRONT = ("blocking", "async")
+ON_A_SERVER = True
 
 # They have no types.
 pa: Any = importlib.import_module("pyarrow")

@@ -18,6 +18,9 @@ from code_sandboxes.transports.websocket import WebSocketAddress
 
 __all__ = ["JupyterServer", "KernelModel", "KernelSpec", "is_kernel_id"]
 
+# Seconds: who ends a sandbox waits for that.
+_TO_DELETE = 30.0
+
 
 _OF_KUBERNETES = ("KubernetesProcessProxy", "CustomResourceProcessProxy", "SparkOperatorProcessProxy")
 
@@ -163,7 +166,7 @@ class JupyterServer:
 
     def delete(self, kernel_id: str) -> None:
         """End it; nothing is wrong if it is gone already."""
-        answer = self._rest.ask("DELETE", _path_of(kernel_id))
+        answer = self._rest.ask("DELETE", _path_of(kernel_id), seconds=_TO_DELETE)
         if answer.status != 404 and not 200 <= answer.status < 300:
             raise self._rest.error(answer, "the end of a kernel")
 

@@ -279,18 +279,22 @@ class JupyterGateway(Variant):
                 context.delete()
             except SandboxError as error:
                 failed.append(f"the kernel {context.kernel_id} is left: {error}")
-        if self._known_server is not None:
-            self._known_server.close()
         if self._hub is not None:
             try:
                 self._hub.stop()
-                self._hub.close()
             except SandboxError as error:
                 failed = [f"the server that was started is left: {error}"]
             else:
                 failed = []  # what it had is gone with it
+        self._close_connections()
         if failed:
             raise SandboxConnectionError("; ".join(failed))
+
+    def _close_connections(self) -> None:
+        if self._known_server is not None:
+            self._known_server.close()
+        if self._hub is not None:
+            self._hub.close()
 
     def delete_context(self, context_id: str) -> None:
         context = self._contexts.pop(context_id, None)
@@ -313,7 +317,11 @@ class JupyterGateway(Variant):
         variant = cls(SandboxConfig(), {**options, "server_url": url, "kernel_id": kernel_id})
         variant._was_attached = True
         variant._hub = hub_of(url, variant._token)
-        variant._find_out()
+        try:
+            variant._find_out()
+        except BaseException:
+            variant._close_connections()
+            raise
         record = Record(
             id=sandbox_id,
             name=None,
@@ -335,6 +343,7 @@ class JupyterGateway(Variant):
     def detach(self, *, keep: bool) -> None:
         if self._lifetime is not None:
             self._lifetime.cancel()
+        self._close_connections()
 
 
 def limits_of(config: SandboxConfig) -> dict[str, str]:
