@@ -84,7 +84,8 @@ def _names(item: pytest.Item) -> Iterator[str]:
     yield from getattr(item, "fixturenames", ())
     callspec = getattr(item, "callspec", None)
     if callspec is not None:
-        yield from (value for value in callspec.params.values() if isinstance(value, str))
+        # By its type: a value may be something that does not like to be asked for its class.
+        yield from (value for value in callspec.params.values() if type(value) is str)
 
 
 def needs_server(kind: type[Server]) -> None:
