@@ -354,6 +354,10 @@ class ReadmeExample(pytest.Item):
                 server = running.enter_context(JupyterServer(Path(folder, "server")))
                 monkeypatch.setenv("JUPYTER_GATEWAY_URL", server.url)
                 monkeypatch.setenv("JUPYTER_TOKEN", server.token)
+            if '"datalayer-runtime"' in self._code:
+                service = running.enter_context(DatalayerService())
+                monkeypatch.setenv("DATALAYER_RUN_URL", service.url)
+                monkeypatch.setenv("DATALAYER_API_KEY", service.api_key)
             os.chdir(folder)
             try:
                 exec(

@@ -87,7 +87,7 @@ class Front:
         }
         settings = (config or SandboxConfig()).replace(changes)
         check_environment("env", settings.env_vars)
-        variant = variant_class(self._variant)(settings, options)
+        variant = variant_class(self._variant).chosen(settings, options)
         origin = None
         if snapshot_name is not None:
             from code_sandboxes.snapshot_operations import origin_of

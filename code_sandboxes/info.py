@@ -117,7 +117,8 @@ class SandboxInfo:
             its kernels were not taken in, by why: ``{"forged": 3, "too large": 1}``; and of one that was made
             from a snapshot, ``snapshot`` is its name, and ``not_restored`` what of it is not there, with
             reasons: ``{"f": "it has code of Python 3.11, which Python 3.12 does not read"}``. Of a container,
-            ``jupyter_server`` is the URL of a Jupyter Server that serves its kernels. Of a runtime of
+            ``jupyter_server`` is the URL of a Jupyter Server that serves its kernels; of one on an engine
+            elsewhere, ``engine`` and ``container`` say where it is. Of a runtime of
             Datalayer, ``runtime``, ``uid``, ``environment``, ``burning_rate`` (credits a second) and
             ``expires_at`` (seconds since the epoch) are what the service says of it.
     """

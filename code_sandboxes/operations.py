@@ -789,11 +789,17 @@ def find_all(
     found: list[tuple[type[Variant], Record]] = []
     for variant_class in variant_classes:
         if variant_class.has_registry:
-            records = yield from in_worker(variant_class.all, apart=True)
+            records = list((yield from in_worker(variant_class.all, apart=True)))
+            records += [core.record() for core in live_cores() if _is_only_here(core, variant_class)]
         else:
             records = [core.record() for core in live_cores() if type(core.variant) is variant_class]
         found += [(variant_class, record) for record in records if wanted <= record.tags.items()]
     return found
+
+
+def _is_only_here(core: Core, variant_class: type[Variant]) -> bool:
+    """It has the name of a variant with a registry, and is in none."""
+    return core.variant.name == variant_class.name and not core.variant.has_registry
 
 
 def _let_go() -> object:

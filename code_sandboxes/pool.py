@@ -11,6 +11,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from types import TracebackType
@@ -20,7 +21,12 @@ from code_sandboxes import awaiting, blocking
 from code_sandboxes.async_sandbox import _CLASSES as _ASYNC_CLASSES, AsyncSandbox
 from code_sandboxes.awaiting import documented_by as _documented_by
 from code_sandboxes.checks import check_seconds
-from code_sandboxes.errors import SandboxConnectionError, SandboxNotStartedError, SandboxTimeoutError
+from code_sandboxes.errors import (
+    SandboxConfigurationError,
+    SandboxConnectionError,
+    SandboxNotStartedError,
+    SandboxTimeoutError,
+)
 from code_sandboxes.front import Front, known_variant
 from code_sandboxes.inbox import Inbox
 from code_sandboxes.info import SandboxStatus, SandboxVariant
@@ -393,7 +399,8 @@ def _check(core: Core) -> Operation[None]:
     if not result.state_preserved:
         raise SandboxConnectionError(f"the kernel of {core.id} died and was started again")
     if core.config.max_lifetime:
-        yield from core.set_timeout(core.config.max_lifetime)
+        with suppress(SandboxConfigurationError):  # what is reserved for it in a cloud is all that there is
+            yield from core.set_timeout(core.config.max_lifetime)
 
 
 def _answer_in(inbox: Inbox) -> Operation[_Answer]:

@@ -689,7 +689,8 @@ def test_output_that_cannot_be_is_not_believed(data: object, buffers: list[bytes
 @pytest.mark.not_in_a_container("they are not this machine")
 def test_system_packages_are_not_installed_on_this_machine(commands: SandboxCommands) -> None:
     with pytest.raises(
-        SandboxConfigurationError, match=r"on (this machine itself|the server); use local-docker"
+        SandboxConfigurationError,
+        match=r"on (this machine itself|the server); use local-docker|not root in a runtime",
     ):
         commands.install_system_packages(["curl"])
 

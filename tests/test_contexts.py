@@ -14,6 +14,7 @@ from conftest import BUSY, MakeSandbox
 
 IN_A_CONTAINER = True
 ON_A_SERVER = True
+AT_DATALAYER = True
 
 
 ISOLATED = True

@@ -14,6 +14,7 @@ ISOLATED = True
 FAST_VARIANT = "local-jupyter"
 EVERY_FRONT = ("blocking", "async")
 ON_A_SERVER = True
+AT_DATALAYER = True
 
 needs_environment = pytest.mark.needs("environment")
 

@@ -50,9 +50,14 @@ LAYERS = [
 
 # Each foreign library is the business of these modules alone.
 FOREIGN = {
-    "docker": {"isolation/container_engine.py", "isolation/engine.py"},
-    "requests": {"isolation/container_engine.py", "isolation/engine.py", "remote/rest.py"},
-    "urllib3": {"isolation/engine.py", "remote/rest.py"},
+    "docker": {"isolation/container_engine.py", "isolation/engine.py", "isolation/engine_ssh.py"},
+    "requests": {
+        "isolation/container_engine.py",
+        "isolation/engine.py",
+        "isolation/engine_ssh.py",
+        "remote/rest.py",
+    },
+    "urllib3": {"isolation/engine.py", "isolation/engine_ssh.py", "remote/rest.py"},
     "websockets": {"transports/websocket.py"},
     "zmq": {"guest/launch.py"},
     "jupyter_client": {"kernelspec_command.py", "provisioner.py", "variants/kernelspecs.py"},

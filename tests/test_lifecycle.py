@@ -285,7 +285,8 @@ def test_local_jupyter_and_local_eval_say_how_they_differ() -> None:
     isolated = {"network_none", "network_allowlist", "memory_limit", "cpu_limit", "pids_limit", "disk_limit"}
     differ -= isolated | {"mounts", "pause"}  # which depend on this machine
     assert differ == {
-        *("own_process", "environment", "magics", "interrupt_blocked", "idle_timeout", "snapshots")
+        *("own_process", "own_home", "last_words", "environment", "magics", "interrupt_blocked"),
+        *("idle_timeout", "snapshots"),
     }
 
 

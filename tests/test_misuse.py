@@ -26,7 +26,8 @@ AT_CREATE: list[tuple[dict[str, object], str, str]] = [
     (
         {"variant": "local-jupiter"},
         "ValueError",
-        r"no sandbox variant 'local-jupiter' \(known: local-docker, local-eval, local-jupyter\)",
+        r"no sandbox variant 'local-jupiter' \(known: datalayer-runtime, jupyter-gateway, local-docker,"
+        r" local-eval, local-jupyter\)",
     ),
     (
         {"colour": "red"},
@@ -206,6 +207,7 @@ UNKNOWN_LANGUAGE = {
     "local-eval": "local-eval only supports Python, not the language 'cobol'",
     "local-jupyter": rf"no kernel for the language 'cobol' \(installed: {KERNELS}.*\)",
     "jupyter-gateway": r"no kernel for the language 'cobol' \(installed: .*python, python3\)",
+    "datalayer-runtime": r"no kernel for the language 'cobol' \(installed: .*python, python3\)",
 }
 
 

@@ -10,6 +10,7 @@ import contextlib
 import socket
 import socketserver
 import threading
+from collections.abc import Callable
 from io import BufferedIOBase
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -39,6 +40,11 @@ class WebSocketProxy:
         )
         self.url = parts._replace(netloc=f"127.0.0.1:{self._server.server_address[1]}").geturl()
 
+    @property
+    def asked(self) -> bytes:
+        """All requests that came, but not what goes through websockets."""
+        return b"".join(self._server.asked)
+
     # What it is told; see there.
 
     def wait_until_open(self) -> None:
@@ -53,6 +59,14 @@ class WebSocketProxy:
 
     def duplicate(self) -> None:
         self._faults.duplicate(_ALL)
+
+    def refuse(self, status: int | None) -> None:
+        """From now on refuse to open any, with that status of HTTP; ``None``: no more."""
+        self._server.refusal = status
+
+    def lose_answer(self, holding: bytes) -> None:
+        """Lose the answer to the next request with *holding* in it, and end its connection."""
+        self._server.loses = holding
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -76,6 +90,9 @@ class _Server(socketserver.ThreadingTCPServer):
         self.upstream = upstream
         self.faults = faults
         self.connections: set[socket.socket] = set()
+        self.asked: list[bytes] = []
+        self.refusal: int | None = None
+        self.loses: bytes | None = None
         super().__init__(("127.0.0.1", 0), _Connection)
 
     def hang_up(self) -> None:
@@ -86,6 +103,7 @@ class _Server(socketserver.ThreadingTCPServer):
 class _Connection(socketserver.StreamRequestHandler):
     disable_nagle_algorithm = True
     server: _Server
+    _is_losing = False
 
     def handle(self) -> None:
         client: socket.socket = self.connection
@@ -98,22 +116,40 @@ class _Connection(socketserver.StreamRequestHandler):
 
     def _carry(self, client: socket.socket) -> None:
         asked = _head(self.rfile)
+        self._heard(asked)
         with socket.create_connection(self.server.upstream) as server, server.makefile("rb") as answers:
             server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            server.sendall(asked)
-            if b"upgrade: websocket" in asked.lower():
+            if b"upgrade: websocket" not in asked.lower():
+                server.sendall(asked)
+                self._carry_requests(client, server, answers)
+            elif (status := self.server.refusal) is not None:
+                client.sendall(f"HTTP/1.1 {status} No\r\nContent-Length: 0\r\n\r\n".encode())
+            else:
+                server.sendall(asked)
                 opened = _head(answers)
                 if opened.startswith(b"HTTP/1.1 101"):
                     Tunnel(_ALL, client, server, self.server.faults).carry(opened, self.rfile, answers)
-                    return
-                client.sendall(opened)
-            up = threading.Thread(target=_pipe, args=(self.rfile, server), name="websocket-proxy-up")
-            up.start()
-            try:
-                _pipe(answers, client)
-            finally:
-                _shut(client)
-                up.join()
+                else:
+                    client.sendall(opened)
+                    _pipe(answers, client)
+
+    def _carry_requests(self, client: socket.socket, server: socket.socket, answers: BufferedIOBase) -> None:
+        up = threading.Thread(target=_pipe, args=(self.rfile, server, self._heard), name="websocket-proxy-up")
+        up.start()
+        try:
+            _pipe(answers, client, self._answers)
+        finally:
+            _shut(client)
+            up.join()
+
+    def _heard(self, data: bytes) -> None:
+        self.server.asked.append(data)
+        self._is_losing |= self.server.loses is not None and self.server.loses in data
+
+    def _answers(self, _: bytes) -> None:
+        if self._is_losing:
+            self.server.loses = None
+            raise ConnectionError("the answer is lost, and so is the connection")
 
 
 def _head(stream: BufferedIOBase) -> bytes:
@@ -124,9 +160,12 @@ def _head(stream: BufferedIOBase) -> bytes:
     return b"".join(lines)
 
 
-def _pipe(source: BufferedIOBase, sink: socket.socket) -> None:
+def _pipe(
+    source: BufferedIOBase, sink: socket.socket, tell: Callable[[bytes], object] = lambda _: None
+) -> None:
     with contextlib.suppress(OSError):  # one of them has gone
         while data := source.read1(65536):
+            tell(data)
             sink.sendall(data)
     _shut(sink, socket.SHUT_WR)
 

@@ -42,9 +42,14 @@ __all__ = [
     "SHOWN",
     "SNAPSHOTS",
     "WORKING_DIR",
+    "check_volumes",
     "files_of",
+    "hardened",
     "make",
+    "own_configuration",
+    "path_of",
     "release_image",
+    "user_of",
 ]
 
 CONTAINERS = "containers"
@@ -143,13 +148,13 @@ def make(loop: Loop, plan: Plan, sandbox_id: str, folder: Path, guard: Reaper) -
             listed.write(f"{engine.url} {name}\n")
         guard.guard_container(engine.url, name)
         undo.callback(_remove, engine, name, guard)
-        user = _user(plan.container, engine, name, labels)
+        user = user_of(plan.container, engine, name, labels)
         engine.create(name, _config(plan, labels, user, folder))
         said = engine.start(name)
         control = undo.enter_context(_connection(listener, engine, name, said))
         about = engine.inspect(name)
-        _check_volumes(about, plan)
-        proxy_listener = configure(control, plan, _configuration(plan), said)
+        check_volumes(about, plan)
+        proxy_listener = configure(control, plan, own_configuration(plan), said)
         variables = _environment(about["Config"]["Env"], plan.container.home)
         place = _Container(engine, name, variables, control, _memory_of(about, plan), guard)
         undo.pop_all()
@@ -173,8 +178,16 @@ def _remove(engine: Engine, name: str, guard: Reaper) -> None:
     guard.release_container(engine.url, name)
 
 
-def _user(plan: ContainerPlan, engine: Engine, name: str, labels: Mapping[str, str]) -> str:
-    """Who code is: of two sandboxes not the same, as what a user has is counted for all of them together."""
+def user_of(plan: ContainerPlan, engine: Engine, name: str, labels: Mapping[str, str]) -> str:
+    """Who code is: of two sandboxes not the same, as what a user has is counted for all of them together.
+
+    Args:
+        name: of a container that there may be for a moment, with *labels*, to look into the image.
+
+    Raises:
+        SandboxConfigurationError: the image has no such user, or it is root without having been called so.
+        SandboxConnectionError: the engine does not answer.
+    """
     if plan.is_root:
         return plan.user
     if plan.user:
@@ -217,7 +230,7 @@ def _entries(file: bytes) -> dict[str, tuple[str, str]]:
     return {entry[0]: (entry[2], entry[3]) for entry in entries if len(entry) > 3}
 
 
-def _check_volumes(about: Mapping[str, Any], plan: Plan) -> None:
+def check_volumes(about: Mapping[str, Any], plan: Plan) -> None:
     """
     Raises:
         SandboxConfigurationError: code could write more than is planned.
@@ -273,13 +286,22 @@ def _connection(listener: socket.socket, engine: Engine, name: str, said: Callab
 def _config(plan: Plan, labels: Mapping[str, str], user: str, folder: Path) -> dict[str, Any]:
     """The container, as an engine takes it (Docker Engine API, "Create a container")."""
     assert plan.container is not None
+    config = hardened(plan, labels, user)
+    config["Entrypoint"] = ["python3", "-I", "-S", f"{GUEST}/{Path(INIT).name}", f"{HOST}/{_CONTROL}"]
+    config["HostConfig"]["Mounts"] = [_bind(*mount) for mount in _mounts(plan, user, folder)]
+    config["HostConfig"]["DeviceRequests"] = [_gpus(plan.container.gpus)] if plan.container.gpus else []
+    return config
+
+
+def hardened(plan: Plan, labels: Mapping[str, str], user: str) -> dict[str, Any]:
+    """What is the same in all containers: that code in them can do as little as it needs, and use as much."""
+    assert plan.container is not None
     is_root, bounds = plan.container.is_root, plan.bounds
     return {
         "Image": plan.container.image,
         "User": user,
         "WorkingDir": "/",
         "Hostname": "sandbox",
-        "Entrypoint": ["python3", "-I", "-S", f"{GUEST}/{Path(INIT).name}", f"{HOST}/{_CONTROL}"],
         "Cmd": [],
         "Labels": labels,
         "StopSignal": "SIGKILL",  # the first process heeds no other, and who stops it would wait
@@ -294,7 +316,6 @@ def _config(plan: Plan, labels: Mapping[str, str], user: str, folder: Path) -> d
             "Init": False,  # ours is the first process, and reaps
             "NetworkMode": "bridge" if plan.network == "all" else "none",
             "IpcMode": "private",
-            "Mounts": [_bind(*mount) for mount in _mounts(plan, user, folder)],
             "Tmpfs": _tmpfs(plan, user),
             "ShmSize": _MOST_SHARED_MEMORY,
             "PidsLimit": None if bounds.pids is None else bounds.pids + _OWN_PROCESSES,
@@ -303,7 +324,6 @@ def _config(plan: Plan, labels: Mapping[str, str], user: str, folder: Path) -> d
             "NanoCpus": None if bounds.cpu is None else int(bounds.cpu * 1e9),
             "Ulimits": [{"Name": "core", "Soft": CORE, "Hard": CORE}],
             "LogConfig": {"Type": "none", "Config": {}},
-            "DeviceRequests": [_gpus(plan.container.gpus)] if plan.container.gpus else [],
         },
     }
 
@@ -373,7 +393,7 @@ def _gpus(numbers: tuple[str, ...]) -> dict[str, Any]:
     return {"Driver": "", "DeviceIDs": list(numbers), "Capabilities": [["gpu"]]}
 
 
-def _configuration(plan: Plan) -> dict[str, Any]:
+def own_configuration(plan: Plan) -> dict[str, Any]:
     """What the first process has to do that is only needed in a container."""
     assert plan.container is not None
     return {
@@ -389,8 +409,13 @@ def _configuration(plan: Plan) -> dict[str, Any]:
 
 def _environment(of_image: Sequence[str] | None, home: str) -> dict[str, str]:
     variables = dict(entry.split("=", 1) for entry in of_image or () if "=" in entry)
-    path = variables.get("PATH", environment()["PATH"])
-    return variables | {"HOME": home, "PATH": f"{home}/.local/bin:{path}"}
+    return variables | {"HOME": home, "PATH": path_of(of_image, home)}
+
+
+def path_of(of_image: Sequence[str] | None, home: str) -> str:
+    """``PATH``: the image's, behind what is installed at *home*."""
+    paths = [entry.removeprefix("PATH=") for entry in of_image or () if entry.startswith("PATH=")]
+    return f"{home}/.local/bin:{paths[-1] if paths else environment()['PATH']}"
 
 
 def _memory_of(about: Mapping[str, Any], plan: Plan) -> cgroups.Cgroup | None:

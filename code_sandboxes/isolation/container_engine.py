@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError
 from code_sandboxes.isolation.engine import IMAGE, connect, told
+from code_sandboxes.isolation.engine_address import EngineAddress
 
-__all__ = ["Engine", "url_of"]
+__all__ = ["Engine", "Printed", "url_of"]
 
 # Seconds that something may take to be gone, and how often to look.
 _PATIENCE = 30.0
@@ -37,14 +41,16 @@ class Engine:
 
     Args:
         url: where it listens; "" for where the ``docker`` command would look.
+        client: a ``docker.DockerClient`` of it, which stays its owner's.
 
     Raises:
         SandboxConfigurationError: nobody can speak to it from here.
         SandboxConnectionError: it does not answer.
     """
 
-    def __init__(self, url: str = "") -> None:
-        self._client = connect(url or None)
+    def __init__(self, url: str = "", client: Any = None) -> None:
+        self._is_ours = client is None
+        self._client = connect(url or None) if client is None else client
         self._api: Any = self._client.api  # the stubs do not say what some of its methods take
         self.url = url_of(self._client)
 
@@ -52,6 +58,31 @@ class Engine:
     def is_local(self) -> bool:
         """It can hand sockets of this machine to its containers."""
         return self.url.startswith("unix://")
+
+    @property
+    def address(self) -> EngineAddress:
+        """For connections of another kind than the package docker makes.
+
+        Raises:
+            SandboxConfigurationError: its certificates cannot be read.
+        """
+        return EngineAddress(self.url, self._api.api_version, self._tls())
+
+    def _tls(self) -> ssl.SSLContext | None:
+        if not self.url.startswith("https://"):
+            return None
+        verify, files = self._api.verify, self._api.cert
+        try:
+            context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
+            if not verify:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            if files:
+                context.load_cert_chain(*((files,) if isinstance(files, str) else files))
+        except OSError as error:
+            raise SandboxConfigurationError(
+                f"the certificates for the Docker engine at {self.url} cannot be read: {error}"
+            ) from None
+        return context
 
     @property
     def version(self) -> str:
@@ -89,6 +120,22 @@ class Engine:
             except ImageNotFound:
                 return False
         return True
+
+    def environment_of_image(self, name: str) -> Sequence[str]:
+        """``NAME=value`` as an image sets them; nothing of one that is not there.
+
+        Raises:
+            SandboxConnectionError: it does not answer any more.
+        """
+        from docker.errors import APIError
+
+        with told("look at an image"):
+            try:
+                return self._api.inspect_image(name)["Config"].get("Env") or ()
+            except APIError as error:
+                if error.status_code not in (400, 404):  # which making a container tells better
+                    raise
+                return ()
 
     def create(self, name: str, config: Mapping[str, Any]) -> None:
         """A container that does not run yet.
@@ -139,8 +186,8 @@ class Engine:
             file = tar.extractfile(tar.next() or path)
             return b"" if file is None else file.read()
 
-    def start(self, number: str) -> Callable[[], str]:
-        """Start it; gives what tells what it has printed, once it has ended.
+    def start(self, number: str) -> Printed:
+        """Start it; gives what tells what it has printed.
 
         Raises:
             SandboxConnectionError: it cannot be started.
@@ -149,15 +196,7 @@ class Engine:
             printed = self._api.attach(number, stdout=True, stderr=True, stream=True)
             self._api.start(number)
 
-        def said() -> str:
-            with contextlib.suppress(Exception):  # of a container that is gone there is no more to know
-                self._api.kill(number)
-            text = b""
-            for part in printed:
-                text = (text + part)[-_KEPT_OUTPUT:]
-            return text.decode("utf-8", "replace").strip()
-
-        return said
+        return Printed(printed, partial(self._api.kill, number))
 
     def inspect(self, number: str) -> Mapping[str, Any]:
         """What there is to know of it.
@@ -168,6 +207,26 @@ class Engine:
         with told("look at a container"):
             about: Mapping[str, Any] = self._api.inspect_container(number)
         return about
+
+    def find(self, *labels: str, status: str = "") -> list[str]:
+        """The names of the containers that have all *labels* and are in *status*; without one: that run.
+
+        Raises:
+            SandboxConnectionError: it does not answer.
+        """
+        filters = {"label": list(labels), "status": status or "running"}
+        with told("look for a container"):
+            found = self._api.containers(all=True, filters=filters)
+        return [name.lstrip("/") for each in found for name in each["Names"][:1]]
+
+    def created_at(self, number: str) -> float:
+        """Seconds since the epoch, by the engine's clock.
+
+        Raises:
+            SandboxConnectionError: it is gone.
+        """
+        told_time = str(self.inspect(number)["Created"])[:19]  # RFC 3339, with nanoseconds
+        return datetime.fromisoformat(told_time).replace(tzinfo=timezone.utc).timestamp()
 
     def is_running(self, number: str) -> bool:
         try:
@@ -240,7 +299,30 @@ class Engine:
         raise TimeoutError(f"the container {number[:12]} does not go within {_PATIENCE:g} s")
 
     def close(self) -> None:
-        self._client.close()
+        if self._is_ours:
+            self._client.close()
+
+
+class Printed:
+    """What a container prints: called, it ends the container and tells the last of it."""
+
+    def __init__(self, stream: Any, kill: Callable[[], object]) -> None:
+        self._stream = stream
+        self._kill = kill
+
+    def __call__(self) -> str:
+        with contextlib.suppress(Exception):  # of a container that is gone there is no more to know
+            self._kill()
+        text = b""
+        for part in self._stream:
+            text = (text + part)[-_KEPT_OUTPUT:]
+        return text.decode("utf-8", "replace").strip()
+
+    def close(self) -> None:
+        """Nobody wants to know any more."""
+        response = getattr(self._stream, "_response", None)  # close() of the stream is not for all engines
+        if response is not None:
+            response.close()
 
 
 def url_of(client: object) -> str:
@@ -252,6 +334,8 @@ def url_of(client: object) -> str:
     api = getattr(client, "api", None)
     adapter = getattr(api, "_custom_adapter", None)  # its base_url does not tell where a Unix socket is
     url = getattr(adapter, "socket_path", None) or getattr(api, "base_url", None)
+    if isinstance(host := getattr(adapter, "ssh_host", None), str):
+        url = f"ssh://{host.removeprefix('ssh://')}"
     if not isinstance(url, str):
         raise TypeError(f"docker_client must be a docker.DockerClient, not {type(client).__name__}")
     return f"unix://{url}" if url.startswith("/") else url

@@ -25,7 +25,7 @@ from code_sandboxes.isolation.plan import Plan
 from code_sandboxes.isolation.seccomp import CORE, deny_filter
 from code_sandboxes.transports.loop import Loop
 
-__all__ = ["PATIENCE", "EnclosedKernel", "Enclosure", "EnclosureError", "Place", "configure"]
+__all__ = ["LIMITS", "PATIENCE", "EnclosedKernel", "Enclosure", "EnclosureError", "Place", "configure"]
 
 PATIENCE = 20.0
 """Seconds: how long making one may take, and how long its first process may take to answer."""
@@ -35,11 +35,17 @@ _ANSWERS = ("started", "connected", "paused", "resumed", "failed")
 # Seconds that a process may take to be gone that was killed.
 _DYING = 5.0
 
-_OPEN_FILES = 4096
-
-# Some systems give users what stops others ("nice", "rtprio"); the rest is counted for all processes of a
-# user, so that there must be something left for those that are not in a sandbox (getrlimit(2)).
-_OF_A_USER = {"nice": 0, "rtprio": 0, "memlock": 1024**2, "msgqueue": 256 * 1024, "sigpending": 4096}
+# Some systems give users what stops others ("nice", "rtprio"); the rest, but for files, is counted for all
+# processes of a user, so that there must be something left for those that are not in a sandbox.
+LIMITS = {
+    "nofile": 4096,
+    "nice": 0,
+    "rtprio": 0,
+    "memlock": 1024**2,
+    "msgqueue": 256 * 1024,
+    "sigpending": 4096,
+}
+"""What every process in an enclosure has at most (getrlimit(2))."""
 
 _LONGEST = 65536
 
@@ -387,7 +393,7 @@ def configure(
         "core": CORE,
         "filter": base64.b64encode(deny_filter()).decode(),
         **own,
-        "limits": {"nofile": _OPEN_FILES, **_OF_A_USER, **own["limits"]},
+        "limits": {**LIMITS, **own["limits"]},
     }
     control.settimeout(PATIENCE)
     try:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError, SandboxError
+from code_sandboxes.isolation.engine_ssh import over_ssh
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -49,10 +50,12 @@ def connect(docker_host: str | None = None) -> DockerClient:
     try:
         if host:
             _knock(host)
+            if host.startswith("ssh://"):
+                return over_ssh(host)
             return from_env(environment={**os.environ, "DOCKER_HOST": host})
         host, tls = _of_the_context()
         _knock(host)
-        return DockerClient(base_url=host, tls=tls)
+        return over_ssh(host) if host.startswith("ssh://") else DockerClient(base_url=host, tls=tls)
     except SandboxError:
         raise
     except (DockerException, OSError, ValueError) as error:  # the last for a port of tcp:// that is none

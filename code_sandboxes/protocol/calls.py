@@ -276,6 +276,8 @@ class Execution:
     def _how_it_was_stopped(self) -> str:
         if isinstance(self._end, Died):
             return f"the code did not stop when it was interrupted, so {self._end.how_killed}"
+        if isinstance(self._end, ConnectionLost):
+            return f"nobody knows whether the code was stopped: {self._end.sentence}"
         return "the code was interrupted"
 
     def _exit_code(self) -> int | None:

@@ -97,7 +97,7 @@ def execute_content(code: str, *, allow_stdin: bool) -> dict[str, object]:
         "store_history": True,
         "user_expressions": {},
         "allow_stdin": allow_stdin,
-        "stop_on_error": True,
+        "stop_on_error": False,  # ours wait here for their turn; what others have sent need not be aborted
     }
 
 

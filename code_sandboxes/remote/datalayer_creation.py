@@ -28,8 +28,8 @@ __all__ = ["Creation", "Order"]
 _ATTEMPTS = 4
 _PAUSE = 1.0
 
-# Seconds until a runtime is in the list, after nobody knows what has become of the request.
-_APPEARS = 5.0
+# Seconds until a runtime is in the list, once there will be no answer: nearly always, and at the latest.
+_APPEARS, _LATEST = 5.0, 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ class Creation:
         self._turn = Lock()
         self._until = 0.0
         self._location = ""
-        self._requests = 0
+        self._requests = 0  # of which something has come, or may come
+        self._asked_at = 0.0
         self._runtime: Runtime | None = None
 
     def make(self) -> Runtime:
@@ -97,8 +98,8 @@ class Creation:
             self._end_others(self._runtime)
             return self._runtime
 
-    def undo(self) -> None:
-        """End what there is of it; nothing if there is nothing.
+    def undo(self) -> bool:
+        """End what there is of it; False if there may still come something of it.
 
         Raises:
             SandboxError: something is there still, for all that is known.
@@ -106,12 +107,16 @@ class Creation:
         with self._turn:
             if self._location:
                 self._wait_for_its_end()
+            ended = 0
             if self._runtime is not None:
                 self._datalayer.delete(self._runtime.name)
-            if self._requests > (self._runtime is not None):
-                for runtime in self._there(_APPEARS if self._runtime is None else 0.0):
+                self._runtime, ended = None, 1
+            if self._requests > ended:
+                for runtime in self._there(0.0 if ended else _APPEARS):
                     self._datalayer.delete(runtime.name)
-            self._requests, self._runtime = 0, None
+                    ended += 1
+            self._requests = max(0, self._requests - ended)
+            return self._requests == 0 or time.monotonic() - self._asked_at > _LATEST
 
     def _ask(self) -> Runtime:
         """
@@ -129,6 +134,7 @@ class Creation:
         if order.snapshot is not None:
             wanted["from"] = order.snapshot
         self._requests += 1
+        self._asked_at = time.monotonic()
         try:
             seconds = max(1.0, self._until - time.monotonic())
             answer = self._datalayer.ask_for_runtime(wanted, order.environment, seconds)

@@ -51,7 +51,7 @@ class Runtime:
     Args:
         name: what the service's URLs call it.
         given_name: for people.
-        ingress: the URL of its Jupyter Server.
+        ingress: the URL of its Jupyter Server; empty if it does not say.
         token: of that.
         started_at: seconds since the epoch, as it says; None if it does not.
         expires_at: when the service ends it, of the same clock.
@@ -93,7 +93,7 @@ class ServiceSnapshot:
 def runtime_of(told: object) -> Runtime:
     """
     Raises:
-        SandboxConnectionError: it has no name, or no Jupyter Server.
+        SandboxConnectionError: it has no name.
     """
     entry = _mapping(told)
     environment = entry.get("environment")
@@ -104,7 +104,7 @@ def runtime_of(told: object) -> Runtime:
         given_name=_text(entry, "given_name"),
         environment=_text(entry, "environment_name") or (named if isinstance(named, str) else ""),
         burning_rate=number(entry.get("burning_rate")) or 0.0,
-        ingress=_needed(entry, "ingress"),
+        ingress=_text(entry, "ingress"),
         token=_text(entry, "token"),
         started_at=seconds_of(entry.get("started_at")),
         expires_at=seconds_of(entry.get("expired_at")),

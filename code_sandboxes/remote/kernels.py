@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -34,6 +35,12 @@ _DELETED = (
     " was started anew"
 )
 
+# Seconds: one that somebody ends is on the server for so long, at most, and is looked for so often.
+_TO_END, _LOOK = 10.0, 0.1
+
+# At least so many of the latest messages are known again.
+_REMEMBERED = 4096
+
 # What Jupyter Server says for output that it has dropped, in a stream of its own.
 _LIMITED = ("IOPub data rate exceeded", "IOPub message rate exceeded")
 
@@ -50,6 +57,9 @@ class RemoteContext:
     Attributes:
         kernel_id: which it is now; None before it was started.
         is_over: it is not needed any more: what ends it ends it for good.
+        was_left_running: what it runs, nobody waits for.
+        was_shut_down: somebody is ending it.
+        why_died: tells more than the server does of a kernel that has died, if there is more; blocks.
     """
 
     def __init__(
@@ -67,7 +77,8 @@ class RemoteContext:
         self.is_over = False
         self.prologue = prologue
         self.is_fresh = kernel_id is None
-        self.was_left_running = False
+        self.was_left_running = self.was_shut_down = False
+        self.why_died: Callable[[], str] | None = None
         self._start = start
         self._changing = threading.Lock()  # one is not to be restarted while it is deleted
 
@@ -81,7 +92,7 @@ class RemoteContext:
             return self._launch()
 
     def _launch(self) -> RemoteKernel:
-        if self.kernel_id is not None and self.server.kernel(self.kernel_id) is None:
+        if self.kernel_id is not None and not self._is_there(self.kernel_id):
             if self.is_given:
                 raise SandboxConnectionError(f"the kernel {self.kernel_id} is gone: {_DELETED}")
             self.kernel_id, self.is_fresh = None, True
@@ -94,6 +105,21 @@ class RemoteContext:
         kernel = RemoteKernel(self, self.kernel_id, is_fresh=self.is_fresh)
         self.is_fresh = False
         return kernel
+
+    def _is_there(self, kernel_id: str) -> bool:
+        """Is it still there? Servers have one that they are ending for a while, and let nobody to it."""
+        model = self.server.kernel(kernel_id)
+        give_up = time.monotonic() + _TO_END
+        while self.was_shut_down and model is not None and time.monotonic() < give_up:
+            if model.state in ("starting", "restarting"):  # the server did not mean it to end
+                break
+            time.sleep(_LOOK)
+            model = self.server.kernel(kernel_id)
+        self.was_shut_down = False
+        if model is not None and model.state == "dead":
+            self.server.restart(kernel_id)
+            self.is_fresh = True
+        return model is not None
 
     def delete(self) -> None:
         """End it for good, unless it is somebody else's; may be called again, blocks.
@@ -130,6 +156,8 @@ class RemoteKernel:
         self._why_ended = self._why_lost = ""
         self._identity = ""
         self._kernel_session = ""
+        self._recent: set[int] = set()
+        self._older: set[int] = set()
         self._transport: WebSocketTransport | None = None
         self._asking: Timer | None = None
 
@@ -240,7 +268,7 @@ class RemoteKernel:
     # How it goes: the server's messages, the connection, and in the end a question.
 
     def _received(self, message: Message, receive: Callable[[Message], None]) -> None:
-        if self._is_over:
+        if self._is_over or self._is_known(message):
             return
         if message.channel == "iopub" and self._is_of_the_server(message):
             return
@@ -255,6 +283,21 @@ class RemoteKernel:
                 return
             self._kernel_session = session
         receive(message)
+
+    def _is_known(self, message: Message) -> bool:
+        """Did it come before? Whoever keeps messages for those who are away may give one twice."""
+        if not message.msg_id:
+            return False
+        # Threads of a kernel may give the same id to two messages (jupyter_client), but not at one time.
+        name = hash((message.msg_id, message.msg_type, str(message.header.get("date"))))
+        if name in self._recent or name in self._older:
+            if self._transport is not None:
+                self._transport.dropped["repeated"] += 1
+            return True
+        self._recent.add(name)
+        if len(self._recent) >= _REMEMBERED:
+            self._older, self._recent = self._recent, set()
+        return False
 
     def _open_envelope(self, envelope: Message, receive: Callable[[Message], None]) -> None:
         try:
@@ -277,6 +320,7 @@ class RemoteKernel:
             if not self._is_ending and content.get("restart") is True:
                 self._end_anew(_REPLACED)
             elif not self._is_ending:
+                self._context.was_shut_down = self._context.is_fresh = True
                 self._end(_DELETED)
             return True
         if message.header.get("session") != self._identity:
@@ -284,7 +328,7 @@ class RemoteKernel:
         if kind == "status" and not message.parent_header:
             state = content.get("execution_state")
             if state == "restarting":
-                self._end_anew(_DIED)
+                self._died()
             elif state == "dead":
                 self._end_anew(_DEAD)
             return True
@@ -337,6 +381,17 @@ class RemoteKernel:
             self._end_anew(_DEAD)
             return
         self._ask_later()
+
+    def _died(self) -> None:
+        if self._context.why_died is None or self._loop is None or self._is_ending:
+            self._end_anew(_DIED)
+            return
+        self._is_ending = True
+
+        def told(more: str | None, _: object) -> None:  # who cannot tell more, does not
+            self._end_anew(f"{more}; {_DIED}" if more else _DIED)
+
+        self._loop.run_blocking(self._context.why_died, told, apart=True)
 
     def _end_anew(self, why: str) -> None:
         """This life is over; there is another one of the same id."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
@@ -134,9 +134,18 @@ class Rest:
     Args:
         scheme: of the ``Authorization`` header.
         what: it is, for messages.
+        dial: makes the connections, in place of looking for the host of *place*.
     """
 
-    def __init__(self, place: Place, token: str | None, *, scheme: str, what: str) -> None:
+    def __init__(
+        self,
+        place: Place,
+        token: str | None,
+        *,
+        scheme: str,
+        what: str,
+        dial: Callable[[], socket.socket] | None = None,
+    ) -> None:
         self.place = place
         self.what = f"{what} at {place.url}"
         self._token = token
@@ -145,7 +154,9 @@ class Rest:
         session.auth = _Token(f"{scheme} {token}" if token else None)
         # Jupyter Server gives one that is as good as the token, and stays so when that is revoked.
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
-        adapter = _Adapter(place.unix_socket)
+        if dial is None and place.unix_socket is not None:
+            dial = partial(_dial_unix, place.unix_socket)
+        adapter = _Adapter(dial)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
 
@@ -246,10 +257,10 @@ def tls() -> ssl.SSLContext:
 
 
 class _Adapter(HTTPAdapter):
-    """With the certificates of :func:`tls`, and over a Unix socket where there is one."""
+    """With the certificates of :func:`tls`, or over connections that somebody else makes."""
 
-    def __init__(self, unix_socket: str | None) -> None:
-        self._unix_socket = unix_socket
+    def __init__(self, dial: Callable[[], socket.socket] | None) -> None:
+        self._dial = dial
         again = _Again(
             total=2,
             backoff_factor=0.1,
@@ -261,8 +272,8 @@ class _Adapter(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs, ssl_context=tls())
-        if self._unix_socket is not None:
-            pool = partial(_UnixPool, self._unix_socket)
+        if self._dial is not None:
+            pool = partial(_DialledPool, self._dial)
             self.poolmanager.pool_classes_by_scheme = {"http": pool}  # makes one
 
     def close(self) -> None:
@@ -282,26 +293,33 @@ class _Again(Retry):
         return super().increment(*args, **kwargs)
 
 
-class _UnixPool(HTTPConnectionPool):
-    def __init__(self, unix_socket: str, *args: Any, **kwargs: Any) -> None:
-        self.ConnectionCls = partial(_UnixConnection, unix_socket)  # type: ignore[assignment]  # makes one
+class _DialledPool(HTTPConnectionPool):
+    def __init__(self, dial: Callable[[], socket.socket], *args: Any, **kwargs: Any) -> None:
+        self.ConnectionCls = partial(_DialledConnection, dial)  # type: ignore[assignment]  # makes one
         super().__init__(*args, **kwargs)
 
 
-class _UnixConnection(HTTPConnection):
-    def __init__(self, unix_socket: str, *args: Any, **kwargs: Any) -> None:
+class _DialledConnection(HTTPConnection):
+    def __init__(self, dial: Callable[[], socket.socket], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._unix_socket = unix_socket
+        self._dial = dial
 
     def _new_conn(self) -> socket.socket:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            connection.settimeout(_CONNECT)
-            connection.connect(self._unix_socket)
+            return self._dial()
         except OSError as error:
-            connection.close()
             raise NewConnectionError(self, str(error)) from error
-        return connection
+
+
+def _dial_unix(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(_CONNECT)
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _host_of(parts: SplitResult, port: int | None) -> str:

@@ -7,12 +7,16 @@ same, with what is said of them below. Blocking, but for :meth:`JupyterServer.ch
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError
+from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError, SandboxError
 from code_sandboxes.remote.rest import HttpError, Place, Rest, tls
 from code_sandboxes.transports.websocket import WebSocketAddress
 
@@ -20,6 +24,12 @@ __all__ = ["JupyterServer", "KernelModel", "KernelSpec", "is_kernel_id"]
 
 # Seconds: who ends a sandbox waits for that.
 _TO_DELETE = 30.0
+
+# Seconds: a kernel whose start nobody has heard of is there by then, and is looked for so often.
+_TO_APPEAR, _LOOK = 2.0, 0.2
+
+# What a proxy says when it has heard nothing from the server.
+_FOR_THE_SERVER = (502, 503, 504)
 
 
 _OF_KUBERNETES = ("KubernetesProcessProxy", "CustomResourceProcessProxy", "SparkOperatorProcessProxy")
@@ -69,13 +79,21 @@ class JupyterServer:
         token: of the server; None for one that wants none.
         scheme: of the ``Authorization`` header. All of them know this one, Kernel Gateway in this spelling
             alone.
+        dial: makes the connections, in place of looking for the host of *place*.
     """
 
-    def __init__(self, place: Place, token: str | None, scheme: str = "token") -> None:
+    def __init__(
+        self,
+        place: Place,
+        token: str | None,
+        scheme: str = "token",
+        dial: Callable[[], socket.socket] | None = None,
+    ) -> None:
         self.place = place
         self._token = token
         self._scheme = scheme
-        self._rest = Rest(place, token, scheme=scheme, what="the Jupyter server")
+        self._dial = dial
+        self._rest = Rest(place, token, scheme=scheme, what="the Jupyter server", dial=dial)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.place.url}>"
@@ -136,12 +154,28 @@ class JupyterServer:
         Raises:
             SandboxError: it was not started.
         """
-        body: dict[str, object] = {"name": name}
+        # Jupyter Server and Kernel Gateway let who asks say the id, so it is known if no answer comes.
+        kernel_id = str(uuid.uuid4())
+        body: dict[str, object] = {"name": name, "kernel_id": kernel_id}
         if path is not None:
             body["path"] = path
         if env:
             body["env"] = dict(env)
-        return _model(self._rest.expect("POST", "/api/kernels", body, seconds=seconds).mapping)
+        try:
+            return _model(self._rest.expect("POST", "/api/kernels", body, seconds=seconds).mapping)
+        except SandboxConnectionError as error:
+            if not isinstance(error, HttpError) or error.status in _FOR_THE_SERVER:
+                self._end_if_started(kernel_id)
+            raise
+
+    def _end_if_started(self, kernel_id: str) -> None:
+        """It may be starting still; if nobody answers now either, there is nothing to be done."""
+        give_up = time.monotonic() + _TO_APPEAR
+        with suppress(SandboxError):  # why it was not started says more
+            while self._rest.ask("DELETE", _path_of(kernel_id), seconds=_TO_DELETE).status == 404:
+                if time.monotonic() > give_up:
+                    return
+                time.sleep(_LOOK)
 
     def kernels(self) -> list[KernelModel]:
         """Those it has; Kernel Gateway and Enterprise Gateway tell only if they are configured to."""
@@ -178,6 +212,7 @@ class JupyterServer:
             headers,
             self.place.unix_socket,
             tls() if self.place.is_secure else None,
+            self._dial,
         )
 
     def close(self) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["MessageTooLargeError"]
+__all__ = ["MessageTooLargeError", "PlaceGoneError"]
 
 
 class MessageTooLargeError(ValueError):
     """A message for which there is no way: who is in between would not take one of that size."""
+
+
+class PlaceGoneError(ConnectionError):
+    """There is nobody to connect to, and there will not be."""

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from code_sandboxes.protocol.kernel_websocket import SUBPROTOCOL, decode, encode
 from code_sandboxes.protocol.messages import Channel, Message
 from code_sandboxes.protocol.wire import WireError
-from code_sandboxes.transports.errors import MessageTooLargeError
+from code_sandboxes.transports.errors import MessageTooLargeError, PlaceGoneError
 from code_sandboxes.transports.loop import Loop, Timer
 
 if TYPE_CHECKING:
@@ -71,19 +71,24 @@ class WebSocketAddress:
         headers: of the opening.
         unix_socket: the path of the socket on which the server listens, in place of the host in *url*.
         tls: for ``wss://``.
+        dialler: makes the connections, in place of looking for the host in *url*.
     """
 
     url: str
     headers: Mapping[str, str] = field(repr=False)
     unix_socket: str | None = None
     tls: ssl.SSLContext | None = None
+    dialler: Callable[[], socket.socket] | None = field(default=None, repr=False)
 
     def dial(self) -> socket.socket:
         """A connection, ready for the opening of the websocket; blocks.
 
         Raises:
+            PlaceGoneError: nobody will listen there any more.
             OSError: nobody listens there, or is who he says he is.
         """
+        if self.dialler is not None:
+            return self.dialler()
         if self.unix_socket is not None:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -163,7 +168,8 @@ class WebSocketTransport:
             MessageTooLargeError: no server would take it.
         """
         size = sum(memoryview(buffer).nbytes for buffer in message.buffers)
-        data = encode(message, is_v1=self._is_v1) if size <= MOST_SENT else b""
+        is_v1 = self._is_v1  # which another thread may change now
+        data = encode(message, is_v1=is_v1) if size <= MOST_SENT else b""
         size = max(size, len(data))
         if size > MOST_SENT:
             raise MessageTooLargeError(
@@ -172,7 +178,6 @@ class WebSocketTransport:
         if self._loop.is_here():
             self._send(message, data)
         else:
-            is_v1 = self._is_v1
             self._loop.call_soon(lambda: self._send(message, data if is_v1 is self._is_v1 else None))
 
     def close(self) -> None:
@@ -187,9 +192,17 @@ class WebSocketTransport:
 
     def _dial(self) -> None:
         self._timer = None
-        self._loop.run_blocking(self._address.dial, self._dialled, apart=True)
+        self._loop.run_blocking(self._reach, self._dialled, apart=True)
+
+    def _reach(self) -> socket.socket:
+        import websockets.client  # noqa: F401  (which takes a while: here nobody waits for it)
+
+        return self._address.dial()
 
     def _dialled(self, connection: socket.socket | None, error: Exception | None) -> None:
+        if isinstance(error, PlaceGoneError) and not self._closed:
+            self._break(str(error), None)
+            return
         if connection is None:
             self._try_again(f"{type(error).__name__}: {error}")
             return
@@ -310,7 +323,8 @@ class WebSocketTransport:
 
     def _has_more(self) -> bool:
         # What TLS has decrypted already, the selector does not know of.
-        return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+        pending = getattr(self._socket, "pending", None)
+        return pending is not None and pending() > 0
 
     def _receive_some(self) -> bool:
         """Read once; False if there is nothing to be read now."""

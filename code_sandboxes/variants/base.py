@@ -118,6 +118,11 @@ class Variant(ABC):
         self.config = config
 
     @classmethod
+    def chosen(cls, config: SandboxConfig, options: Mapping[str, object]) -> Variant:
+        """Itself, or what goes by the same name and suits these settings better; may block."""
+        return cls(config, options)
+
+    @classmethod
     @abstractmethod
     def capabilities(cls) -> Capabilities:
         """What it can do on this machine."""

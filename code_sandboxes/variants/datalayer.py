@@ -10,9 +10,6 @@ program alone. Beyond the runtime's start and end all is as with any other Jupyt
 from __future__ import annotations
 
 import math
-import os
-import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,13 +22,12 @@ from code_sandboxes.errors import (
     SandboxError,
     SandboxNotFoundError,
     SandboxNotStartedError,
-    SandboxQuotaExceededError,
     SandboxResourceError,
+    SandboxSnapshotError,
 )
 from code_sandboxes.info import Capabilities, Capability, SandboxEnvironment, SandboxVariant
 from code_sandboxes.isolation.gpus import is_named
-from code_sandboxes.remote.datalayer import unknown_environment
-from code_sandboxes.remote.datalayer_creation import Creation, Order
+from code_sandboxes.remote.datalayer_creation import Creation
 from code_sandboxes.remote.datalayer_values import Runtime
 from code_sandboxes.remote.kernels import RemoteKernel
 from code_sandboxes.remote.server import is_kernel_id
@@ -39,6 +35,7 @@ from code_sandboxes.transports.loop import the_loop
 from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant, max_output_of
 from code_sandboxes.variants.datalayer_accounts import Account, account_of, known_account
 from code_sandboxes.variants.datalayer_guards import Guard, Guards
+from code_sandboxes.variants.datalayer_orders import name_of, order_of
 from code_sandboxes.variants.datalayer_shelf import DatalayerShelf
 from code_sandboxes.variants.gateway import JupyterGateway
 from code_sandboxes.variants.ingress import Ingress, reached
@@ -50,23 +47,16 @@ if TYPE_CHECKING:
 
 __all__ = ["DatalayerRuntime"]
 
-_DEFAULT_ENVIRONMENT = "python-cpu-env"
-_DEFAULT_GPU_ENVIRONMENT = "python-gpu-env"
-
-# Minutes for which credits are reserved if nobody has said how long it may live.
-_MINUTES = 10
-
 _NO_FIELD = "the service has no way to ask for it; local-docker and local-jupyter can do it on this machine"
 _BY_ENVIRONMENT = "a runtime has what its environment has: more is refused, and less is not enforced"
 
-# What is added to the names that people give, so that no two are the same.
-_SUFFIX = re.compile(r"-[0-9a-f]{16}$")
-_UNNAMED = "code-sandboxes"
-_LONGEST_NAME = 60
-
 
 class DatalayerRuntime(Variant):
-    """Kernels in a runtime of Datalayer's cloud."""
+    """Kernels in a runtime of Datalayer's cloud.
+
+    Credits are reserved for ``max_lifetime``, or for ten minutes if that is its default, which nobody has
+    chosen. The default context has the kernel that the runtime came with.
+    """
 
     name = SandboxVariant.DATALAYER_RUNTIME
     options: ClassVar[frozenset[str]] = frozenset({"max_output", "run_url", "token"})
@@ -79,7 +69,7 @@ class DatalayerRuntime(Variant):
         self._refuse_what_cannot_be(config)
         self._account = account_of(options)
         self._datalayer = self._account.open()
-        self._shelf = DatalayerShelf(self._datalayer, lambda: self._known.name)
+        self._shelf = DatalayerShelf(self._datalayer, self._kept_runtime)
         self._creation: Creation | None = None
         self._guard: Guard | None = None
         self._runtime: Runtime | None = None
@@ -88,7 +78,7 @@ class DatalayerRuntime(Variant):
         self._audience: Audience | None = None
         self._lifetime: Lifetime | None = None
         self._expires_at = self._ends_at = math.inf  # monotonic: when the service ends it, and when this does
-        self._was_attached = self._is_over = False
+        self._was_attached = self._is_over = self._has_other_kernel = False
 
     def _refuse_what_cannot_be(self, config: SandboxConfig) -> None:
         if config.network_policy in ("none", "allowlist"):
@@ -203,8 +193,8 @@ class DatalayerRuntime(Variant):
         runtime = self._known
         if not self._is_over and self._datalayer.runtime(runtime.name) is None:
             why = f"its runtime {runtime.name} has ended: its credits were used up, or somebody has ended it"
-            if self._audience is not None:
-                self._audience.over(why)
+            if (audience := self._audience) is not None:
+                the_loop().call_soon(lambda: audience.over(why))
             raise SandboxConnectionError(why)
 
     # Start and end.
@@ -216,10 +206,7 @@ class DatalayerRuntime(Variant):
 
     def prepare(self, record: Record, audience: Audience) -> None:
         self._record, self._audience = record, audience
-        environment = self._environment(self._datalayer.environments())
-        order = Order(
-            environment.name, _given_name(record.name), self._credits(environment), self._shelf.chosen
-        )
+        order, environment = order_of(self.config, record.name, self._datalayer, self._shelf)
         self._creation = Creation(self._datalayer, order, self.config.start_timeout, lambda: self._is_over)
         self._guard = (self._datalayer.runtimes_url, self._account.token, order.given_name)
         _guards.guard(self._guard)
@@ -254,9 +241,20 @@ class DatalayerRuntime(Variant):
             server.close()
             raise SandboxNotFoundError(f"there is no kernel {kernel_id} in the runtime {runtime.name!r}")
         # The one it came with is the oldest; a snapshot was restored in it, and secrets are in it alone.
-        kernel_id = kernel_id or next(iter(kernels), None)
+        came_with = next(iter(kernels), None)
+        kernel_id = kernel_id or came_with
+        self._has_other_kernel = kernel_id != came_with
         self._kernels = Ingress(self.config, server, kernel_id, is_fresh=is_fresh)
         self._kernels.find()
+
+    def _kept_runtime(self) -> str:
+        """The name of the runtime of which snapshots are made: of the kernel that it came with."""
+        if self._has_other_kernel:
+            raise SandboxSnapshotError(
+                "Datalayer makes snapshots of the kernel that a runtime came with, and this sandbox has"
+                " another one; reach it with Sandbox.from_id() without a kernel"
+            )
+        return self._known.name
 
     def _check_not_over(self) -> None:
         if self._is_over:
@@ -289,9 +287,10 @@ class DatalayerRuntime(Variant):
             self._kernels.ends(why, orderly=orderly)
 
     def remove(self) -> None:
+        is_over = True
         try:
             if self._creation is not None:
-                self._creation.undo()
+                is_over = self._creation.undo()
             elif self._runtime is not None:
                 self._datalayer.delete(self._runtime.name)
         except SandboxError as error:
@@ -301,76 +300,29 @@ class DatalayerRuntime(Variant):
                 f" is used up: {error}"
             ) from None
         self._close()
+        if self._guard is not None and self._creation is not None and not is_over:
+            _guards.release_later(self._guard, self._creation.undo)
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        """Nobody has to end it any more."""
+        if self._guard is not None:
+            _guards.release(self._guard)
 
     def _close(self) -> None:
         """Let go of all connections."""
-        if self._guard is not None:
-            _guards.release(self._guard)
-        if self._runtime is not None:
-            _here.pop(self._runtime.name, None)
+        if self._runtime is not None and _here.get(self._runtime.name) is self:
+            del _here[self._runtime.name]
         if self._kernels is not None:
             self._kernels.close()
         self._datalayer.close()
-
-    # What it is to be made of.
-
-    def _environment(self, known: list[SandboxEnvironment]) -> SandboxEnvironment:
-        """
-        Raises:
-            SandboxResourceError: there is no such environment.
-            SandboxConfigurationError: it has not what was asked for.
-        """
-        gpu, wanted = self.config.gpu, self.config.environment or self._shelf.environment
-        if wanted is None and gpu is not None:
-            environment = _with_gpu(known, gpu)
-        else:
-            wanted = wanted or _DEFAULT_ENVIRONMENT
-            found = next((each for each in known if each.name == wanted), None)
-            if found is None:
-                raise unknown_environment(wanted, known)
-            environment = found
-        if gpu is not None and not environment.gpus:
-            with_one = ", ".join(each.name for each in known if each.gpus) or "none"
-            raise self.refuse(
-                f"choose a GPU (gpu={gpu!r}) in the environment {environment.name!r}",
-                f"it has none (with a GPU: {with_one})",
-            )
-        self._check_size("CPUs", "cpu", self.config.cpu_limit, environment.cpu, environment)
-        self._check_size(
-            "bytes of memory", "memory", self.config.memory_limit, environment.memory, environment
-        )
-        return environment
-
-    def _check_size(
-        self, what: str, setting: str, wanted: float | None, there: float | None, of: SandboxEnvironment
-    ) -> None:
-        if wanted is not None and (there is None or wanted > there):
-            told = "it does not tell how many it has" if there is None else f"it has {there:,.10g}"
-            raise self.refuse(
-                f"provide {wanted:,.10g} {what} ({setting}=) in the environment {of.name!r}",
-                f"{told}; list_environments() tells of others",
-            )
-
-    def _credits(self, environment: SandboxEnvironment) -> float:
-        """How many are to be reserved: what it may cost in its lifetime."""
-        config = self.config
-        is_chosen = config.max_lifetime != config.class_traits()["max_lifetime"].default_value
-        minutes = math.ceil(config.max_lifetime / 60) if is_chosen else _MINUTES
-        credits = environment.burning_rate * 60 * minutes
-        if credits <= 0:  # nobody knows what it costs
-            credits = max(0.0, 0.5 * self._datalayer.free_credits())
-        if credits <= sys.float_info.epsilon:
-            raise SandboxQuotaExceededError(
-                f"Datalayer has no credits for a runtime of {environment.name!r}: none are left that are not"
-                " reserved for others"
-            )
-        return credits
 
     # In the registry, which is the service.
 
     @classmethod
     def all(cls) -> list[Record]:
-        accounts = {variant._account for variant in list(_here.values())}
+        accounts = {variant._account for variant in list(_here.values()) if not variant._is_over}
         if (account := known_account()) is not None:
             accounts.add(account)
         found: dict[str, Record] = {}
@@ -407,7 +359,7 @@ class DatalayerRuntime(Variant):
                 )
             variant._attach_to(runtime, kernel_id or None)
         except BaseException:
-            variant._datalayer.close()
+            variant._close()
             raise
         record = _record_of(runtime, variant._account)
         return variant, replace(record, contexts=[variant._there.default_spec()])
@@ -432,6 +384,7 @@ class DatalayerRuntime(Variant):
             self._lifetime.cancel()
         if keep or self._was_attached:
             self._close()
+            self._release()
         else:
             self.remove()
 
@@ -461,39 +414,16 @@ def _record_of(runtime: Runtime, account: Account) -> Record:
         left = None if variant._ends_at == math.inf else variant._ends_at - time.monotonic()
         return replace(own, id=f"{variant.name}:{runtime.name}", time_left=left, metadata=_about(runtime))
     left = None if runtime.expires_at is None else max(0.0, runtime.expires_at - time.time())
-    name = _SUFFIX.sub("", runtime.given_name)
     settings = SandboxConfig().settings() | {"environment": runtime.environment or None}
     return Record(
         id=f"{DatalayerRuntime.name}:{runtime.name}",
-        name=None if name in ("", _UNNAMED) else name,
+        name=name_of(runtime.given_name),
         tags={},
         settings=settings,
         created_at=runtime.started_at or time.time(),
         time_left=left,
         isolation=f"a runtime of its own in the cloud at {account.runtimes}",
         metadata=_about(runtime),
-    )
-
-
-def _given_name(name: str | None) -> str:
-    """By which people know it, and which no other has."""
-    return f"{(name or _UNNAMED)[:_LONGEST_NAME]}-{os.urandom(8).hex()}"
-
-
-def _with_gpu(known: list[SandboxEnvironment], gpu: str) -> SandboxEnvironment:
-    """The one that promises that GPU, or else the usual one with a GPU; it is seen inside what came of it.
-
-    Raises:
-        SandboxResourceError: there is none.
-    """
-    with_one = [each for each in known if each.gpus]
-    named = [each for each in with_one if is_named(gpu, f"{each.name} {each.title}")]
-    usual = [each for each in with_one if each.name == _DEFAULT_GPU_ENVIRONMENT]
-    for environment in (*named, *usual, *with_one):
-        return environment
-    names = ", ".join(sorted(each.name for each in known)) or "none"
-    raise SandboxResourceError(
-        f"Datalayer has no environment with a GPU for this account (there are: {names})"
     )
 
 

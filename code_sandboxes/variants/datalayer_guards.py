@@ -1,14 +1,22 @@
-"""What ends the runtimes of this program at Datalayer, should it be killed."""
+"""What ends the runtimes of this program at Datalayer that it does not end itself."""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from threading import Lock
 
 from code_sandboxes.forks import in_forked_child
 from code_sandboxes.reaper import Reaper
+from code_sandboxes.transports.loop import the_loop
 
 __all__ = ["Guard", "Guards"]
+
+_log = logging.getLogger(__name__)
+
+# Seconds after which it is looked whether a runtime has come of a request without an answer: four times.
+_LOOKS = (15.0, 30.0, 60.0, 120.0)
 
 Guard = tuple[str, str, str]
 """Where runtimes are, who may end them, and the name of one."""
@@ -17,8 +25,8 @@ Guard = tuple[str, str, str]
 class Guards:
     """Those of this process; its forks have none of them. From any thread.
 
-    The process that watches this one is there as long as there is something to guard. Windows has no way to
-    start it: there the end of a reservation is what ends a runtime.
+    The process that watches this one, should it be killed, is there as long as there is something to guard.
+    Windows has no way to start it: there the end of a reservation is what ends a runtime.
     """
 
     def __init__(self) -> None:
@@ -44,6 +52,27 @@ class Guards:
                 self._reaper.release_runtime(*guard)
             if not self._guarded:
                 self._reaper.close()
+
+    def release_later(self, guard: Guard, end: Callable[[], bool]) -> None:
+        """Release it when *end* has ended what has come of it, or nothing has come for long.
+
+        Args:
+            end: says whether nothing more can come; it may block.
+        """
+        the_loop().call_soon(lambda: self._end_later(guard, end, *_LOOKS))
+
+    def _end_later(self, guard: Guard, end: Callable[[], bool], delay: float, *more: float) -> None:
+        loop = the_loop()
+
+        def ended(is_over: bool | None, error: Exception | None) -> None:
+            if error is not None:
+                _log.warning("a runtime may be left: %s", error)
+            if more and not is_over:
+                self._end_later(guard, end, *more)
+            elif error is None:  # else it is left to who watches this process
+                self.release(guard)
+
+        loop.call_later(delay, lambda: loop.run_blocking(end, ended, apart=True))
 
     def _let_go(self) -> object:
         parents, self._reaper, self._guarded, self._lock = self._reaper, Reaper(), set(), Lock()

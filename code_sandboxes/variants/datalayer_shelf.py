@@ -19,7 +19,7 @@ class DatalayerShelf:
     """A :class:`code_sandboxes.snapshots.Shelf`.
 
     Args:
-        runtime: the name of the one that snapshots are made of.
+        runtime: gives the name of the one that snapshots are made of; it raises if there is none.
     """
 
     def __init__(self, datalayer: Datalayer, runtime: Callable[[], str]) -> None:

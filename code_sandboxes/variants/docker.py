@@ -6,27 +6,26 @@ those of local-jupyter. What is in the container is its image's: an operating sy
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from code_sandboxes.checks import check_str
-from code_sandboxes.errors import SandboxError
+from code_sandboxes.errors import SandboxConfigurationError, SandboxError
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
 from code_sandboxes.isolation.bubblewrap import INIT
 from code_sandboxes.isolation.container import GUEST, WORKING_DIR, files_of
-from code_sandboxes.isolation.container_engine import Engine, url_of
 from code_sandboxes.isolation.engine import IMAGE
 from code_sandboxes.isolation.gpus import installed, is_named
 from code_sandboxes.isolation.plan import Bounds, ContainerPlan, Plan
 from code_sandboxes.isolation.system import is_below
-from code_sandboxes.variants.base import ContextSpec
+from code_sandboxes.variants.base import ContextSpec, Record, Variant
+from code_sandboxes.variants.distant_docker import DistantDocker
+from code_sandboxes.variants.engines import engine_of
 from code_sandboxes.variants.kept import Kept
 from code_sandboxes.variants.kernelspecs import IPYKERNEL_ARGUMENTS, LAUNCH
 from code_sandboxes.variants.launches import THROUGH_PROXY, check_variables, locale, own_packages
 from code_sandboxes.variants.mounts import (
-    Refuse,
     asked_mounts,
     check_hidden,
     check_keeper_is_hidden,
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
     from code_sandboxes.snapshots import Snapshot, Store
 
 __all__ = ["LocalDocker"]
-
-# Where the command ``docker`` looks, if nothing says otherwise.
-_ENGINE = "unix:///var/run/docker.sock"
 
 # Of our image, and of ours.
 _OWN_PLACES = ("/opt/sandbox", os.path.dirname(GUEST))
@@ -77,7 +73,11 @@ class LocalDocker(Kept):
     @property
     def _engine(self) -> str:
         plan = self._plan
-        return plan.container.engine if plan and plan.container else _engine_of(self._options, self.refuse)
+        return plan.container.engine if plan and plan.container else self._chosen_engine
+
+    @property
+    def _chosen_engine(self) -> str:
+        return engine_of(self._options, self.refuse).url
 
     @property
     def own_folders(self) -> tuple[str, ...]:
@@ -104,8 +104,25 @@ class LocalDocker(Kept):
         check_variables("env", config.env_vars)
 
     @classmethod
+    def chosen(cls, config: SandboxConfig, options: Mapping[str, object]) -> Variant:
+        if set(options) <= cls.options and not engine_of(options, _refuse).is_here:
+            return DistantDocker(config, options)
+        return cls(config, options)
+
+    @classmethod
+    def attach(cls, sandbox_id: str, options: Mapping[str, object]) -> tuple[Variant, Record]:
+        if options or not engine_of({}, _refuse).is_here:
+            return DistantDocker.attach(sandbox_id, options)
+        return super().attach(sandbox_id, options)
+
+    @classmethod
     def capabilities(cls) -> Capabilities:
-        return _capabilities(_why_not(), _NOT_ROOT)
+        try:
+            choice = engine_of({}, _refuse)
+            choice.connect().close()
+        except SandboxError as error:
+            return _capabilities(str(error), _NOT_ROOT)
+        return _capabilities("", _NOT_ROOT) if choice.is_here else DistantDocker.capabilities()
 
     @property
     def own_capabilities(self) -> Capabilities:
@@ -123,7 +140,7 @@ class LocalDocker(Kept):
         options, config, user = self._options, self.config, str(self._options.get("user") or "")
         mounts = asked_mounts(options.get("mounts"), (), self.refuse)
         check_keeper_is_hidden(mounts, self.refuse)
-        engine = _engine_of(options, self.refuse)
+        engine = self._chosen_engine
         check_hidden(mounts, engine.removeprefix("unix://"), "the container engine", self.refuse)
         start = check_start(config.working_dir or WORKING_DIR, mounts, self.refuse)
         for place in (start, *(mount.target for mount in mounts)):
@@ -205,43 +222,8 @@ class LocalDocker(Kept):
         }
 
 
-def _engine_of(options: Mapping[str, object], refuse: Refuse) -> str:
-    """The URL of the engine."""
-    host, client = options.get("docker_host"), options.get("docker_client")
-    if client is not None:
-        if host is not None:
-            raise refuse("honour docker_host and docker_client", "one of them says which engine it is")
-        host = url_of(client)
-    url = str(host or os.environ.get("DOCKER_HOST") or "")  # which the keeper may not have
-    if not url and _has_context():
-        engine = Engine()
-        url = engine.url
-        engine.close()
-    url = url or _ENGINE
-    if not url.startswith("unix://"):
-        raise refuse(
-            f"use the engine at {url}",
-            "its containers are handed sockets of this machine; name one that listens at unix:///path",
-        )
-    return url
-
-
-def _has_context() -> bool:
-    """This program's command ``docker`` may look elsewhere than by default, and than the keeper's would."""
-    folder = os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker")
-    with contextlib.suppress(OSError), open(os.path.join(folder, "config.json"), errors="replace") as file:
-        return "DOCKER_CONTEXT" in os.environ or "currentContext" in file.read()
-    return "DOCKER_CONTEXT" in os.environ
-
-
-def _why_not() -> str:
-    """Why there are no containers here; empty if there are."""
-    try:
-        engine = Engine()
-    except SandboxError as error:
-        return str(error)
-    engine.close()
-    return "" if engine.is_local else f"the engine at {engine.url} is not on this machine"
+def _refuse(setting: str, reason: str) -> SandboxConfigurationError:
+    return SandboxConfigurationError(f"{SandboxVariant.LOCAL_DOCKER} cannot {setting}: {reason}")
 
 
 def _capabilities(why_not: str, why_no_system_packages: str) -> Capabilities:

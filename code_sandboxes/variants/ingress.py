@@ -84,6 +84,8 @@ def reached(
         SandboxConnectionError: it is not there in time.
         SandboxAuthenticationError: it does not take the token that was given for it.
     """
+    if not runtime.ingress:
+        raise SandboxConnectionError(f"Datalayer does not tell where the server of {runtime.name!r} is")
     place = Place(runtime.ingress, "the ingress of a runtime")
     refused = SandboxAuthenticationError(f"the server at {place.url} takes no token")
     for scheme in _SCHEMES:
