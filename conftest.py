@@ -4,10 +4,10 @@ A test that asks for ``sandbox`` runs once for each variant that ``--variant`` n
 can do what the test needs, and in a module that says ``EVERY_FRONT = True`` through each front. In a module
 that says ``FAST_VARIANT = "..."`` the other variants are for the whole suite only. In one that says
 ``ISOLATED = True`` sandboxes are isolated where this machine can do that. One that says
-``IN_A_CONTAINER = True`` is run on local-docker, too, one that says ``ON_A_SERVER = True`` on jupyter-gateway,
-and one that says ``AT_DATALAYER = True`` on datalayer-runtime, against a service on this machine; the others
-are only if ``--variant`` names that. Those have one front, and so have tests that take their time. What cannot
-run here is skipped with its reason, and all reasons are told again at the end.
+``IN_A_CONTAINER = True`` is run on local-docker, too, one that says ``ON_A_SERVER = True`` on
+jupyter-gateway, and one that says ``AT_DATALAYER = True`` on datalayer-runtime, against a service on this
+machine; the others are only if ``--variant`` names that. Those have one front, and so have tests that take
+their time. What cannot run here is skipped with its reason, and all reasons are told again at the end.
 """
 
 from __future__ import annotations

@@ -193,10 +193,14 @@ class Engine:
             SandboxConnectionError: it cannot be started.
         """
         with told("start a container"):
-            printed = self._api.attach(number, stdout=True, stderr=True, stream=True)
-            self._api.start(number)
-
-        return Printed(printed, partial(self._api.kill, number))
+            stream = self._api.attach(number, stdout=True, stderr=True, stream=True)
+            printed = Printed(stream, partial(self._api.kill, number))
+            try:
+                self._api.start(number)
+            except BaseException:
+                printed.close()
+                raise
+        return printed
 
     def inspect(self, number: str) -> Mapping[str, Any]:
         """What there is to know of it.

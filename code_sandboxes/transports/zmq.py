@@ -28,9 +28,12 @@ _log = logging.getLogger(__name__)
 _TURN = 0.005
 
 # One message may take longer, if its kernel means it to. After so long a turn comes a pause, several times as
-# long: what others ask passes the I/O thread several times, and must not meet such a message each time.
+# long: what others ask passes the I/O thread several times, and must not meet such a message each time. What
+# counts is the time that it takes of this thread: on a busy machine others take theirs in between. And a pause
+# must not look as if the kernel had nothing more to say.
 _LONG_TURN = 0.05
 _PAUSE = 4
+_LONGEST_PAUSE = 2.0
 
 _CHUNK = 64 * 1024
 
@@ -232,7 +235,7 @@ class _Connection:
             self._lose()
 
     def _read(self) -> None:
-        begun = time.monotonic()
+        begun, used = time.monotonic(), time.thread_time()
         try:
             while not self._closed and (self._received or self._receive()):
                 if self._received:
@@ -240,9 +243,9 @@ class _Connection:
                 if time.monotonic() - begun >= _TURN:
                     return
         finally:
-            took = time.monotonic() - begun
+            took = time.thread_time() - used
             if took > _LONG_TURN and self._socket is not None and self._paused is None:
-                self._pause(_PAUSE * took)
+                self._pause(min(_LONGEST_PAUSE, _PAUSE * took))
             elif self._received:
                 self._loop.call_again(self._read)
 

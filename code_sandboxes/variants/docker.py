@@ -1,5 +1,7 @@
 """local-docker: kernels in a container on this machine, hardened, each spoken to over ``ipc://``.
 
+Where the engine is elsewhere, ``distant_docker.py`` has the name.
+
 The keeper makes the container (:mod:`code_sandboxes.isolation.container`) and keeps the sandbox, as it keeps
 those of local-jupyter. What is in the container is its image's: an operating system, Python, ipykernel.
 """
@@ -20,7 +22,6 @@ from code_sandboxes.isolation.gpus import installed, is_named
 from code_sandboxes.isolation.plan import Bounds, ContainerPlan, Plan
 from code_sandboxes.isolation.system import is_below
 from code_sandboxes.variants.base import ContextSpec, Record, Variant
-from code_sandboxes.variants.distant_docker import DistantDocker
 from code_sandboxes.variants.engines import engine_of
 from code_sandboxes.variants.kept import Kept
 from code_sandboxes.variants.kernelspecs import IPYKERNEL_ARGUMENTS, LAUNCH
@@ -106,13 +107,13 @@ class LocalDocker(Kept):
     @classmethod
     def chosen(cls, config: SandboxConfig, options: Mapping[str, object]) -> Variant:
         if set(options) <= cls.options and not engine_of(options, _refuse).is_here:
-            return DistantDocker(config, options)
+            return _distant()(config, options)
         return cls(config, options)
 
     @classmethod
     def attach(cls, sandbox_id: str, options: Mapping[str, object]) -> tuple[Variant, Record]:
         if options or not engine_of({}, _refuse).is_here:
-            return DistantDocker.attach(sandbox_id, options)
+            return _distant().attach(sandbox_id, options)
         return super().attach(sandbox_id, options)
 
     @classmethod
@@ -122,7 +123,7 @@ class LocalDocker(Kept):
             choice.connect().close()
         except SandboxError as error:
             return _capabilities(str(error), _NOT_ROOT)
-        return _capabilities("", _NOT_ROOT) if choice.is_here else DistantDocker.capabilities()
+        return _capabilities("", _NOT_ROOT) if choice.is_here else _distant().capabilities()
 
     @property
     def own_capabilities(self) -> Capabilities:
@@ -220,6 +221,13 @@ class LocalDocker(Kept):
             "interrupt_mode": "signal",
             "by_descriptors": True,
         }
+
+
+def _distant() -> type[Variant]:
+    # Imported on use: it brings an HTTP client along.
+    from code_sandboxes.variants.distant_docker import DistantDocker
+
+    return DistantDocker
 
 
 def _refuse(setting: str, reason: str) -> SandboxConfigurationError:
