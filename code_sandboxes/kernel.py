@@ -731,7 +731,10 @@ class Kernel:
         if run is None or isinstance(run, Turn):
             return
         self._tell_of_lost_output()
-        # When this is answered, all that came before it has been: what is missing by then, does not come.
+        self._check(run)
+
+    def _check(self, run: Run) -> None:
+        """When this is answered, all that came before it has been: what is missing by then, does not come."""
         request = self._session.message("shell", "kernel_info_request")
         run.checked_by = request.msg_id
         self._send(request, expect=True)
@@ -796,6 +799,10 @@ class Kernel:
             return
         if not run.replied:
             self._replace(run)
+            return
+        if not run.checked_by:  # is it only slow? What it answers now comes behind all that it has published
+            self._check(run)
+            run.settling = self._loop.call_later(_SETTLE, lambda: self._settle_if_quiet(run))
             return
         # Not the kernel's habit: something that it had published was lost, its status with it.
         self._tell_of_lost_output()
