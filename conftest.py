@@ -148,8 +148,10 @@ def _can_run(item: pytest.Item) -> bool:
             or any(name.startswith("languages.") for name in needed)
         )
         return not is_left_out
+    fixtures = getattr(item, "fixturenames", ())
     if callspec.params["variant"] in SERVED and (
-        "install_kernel" in getattr(item, "fixturenames", ())  # on this machine
+        "install_kernel" in fixtures  # on this machine
+        or "isolation" not in fixtures  # which is what leads to the server
         or item.get_closest_marker("not_on_a_server") is not None
     ):
         return False

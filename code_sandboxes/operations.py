@@ -790,11 +790,16 @@ def find_all(
     for variant_class in variant_classes:
         if variant_class.has_registry:
             records = list((yield from in_worker(variant_class.all, apart=True)))
-            records += [core.record() for core in live_cores() if _is_only_here(core, variant_class)]
+            records += [core.record() for core in _running_cores() if _is_only_here(core, variant_class)]
         else:
-            records = [core.record() for core in live_cores() if type(core.variant) is variant_class]
+            records = [core.record() for core in _running_cores() if type(core.variant) is variant_class]
         found += [(variant_class, record) for record in records if wanted <= record.tags.items()]
     return found
+
+
+def _running_cores() -> list[Core]:
+    """Without those that have ended, and of which not all could be removed."""
+    return [core for core in live_cores() if core.status in _ALIVE]
 
 
 def _is_only_here(core: Core, variant_class: type[Variant]) -> bool:

@@ -219,8 +219,12 @@ def test_list_filters_by_variant_and_by_all_tags(folder: Path) -> None:
             "local-eval:no",
             "no sandbox 'local-eval:no': a local-eval sandbox belongs to the process that made it",
         ),
-        ("no", "no sandbox 'no': ids begin with the name of a variant"),
-        ("", "no sandbox '': ids begin with the name of a variant"),
+        (
+            "no",
+            "no sandbox 'no': it would be looked up at Datalayer, for which there is no API key; pass token=, or"
+            " set DATALAYER_API_KEY",
+        ),
+        ("", "no sandbox '': the id of a datalayer-runtime is the name of its runtime"),
     ],
 )
 def test_what_is_not_there_is_not_found(folder: Path, id: str, sentence: str) -> None:
