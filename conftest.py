@@ -171,11 +171,20 @@ def capabilities(variant: str) -> Capabilities:
     return Sandbox.capabilities_of(variant)
 
 
+# What would lead tests to the servers of whoever runs them.
+_OF_WHO_RUNS_THEM = (
+    *("CODE_SANDBOXES_VARIANT", "JUPYTER_GATEWAY_URL", "JUPYTER_TOKEN"),
+    *("DATALAYER_API_KEY", "DATALAYER_RUN_URL", "DATALAYER_IAM_URL", "DATALAYER_RUNTIMES_URL"),
+)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def runtime_folder() -> Iterator[Path]:
     """A runtime folder for these tests alone; at the end nothing must be left but a log."""
     folder = Path(tempfile.mkdtemp(prefix="cs"))
     os.environ["CODE_SANDBOXES_RUNTIME_DIR"] = str(folder)
+    for name in _OF_WHO_RUNS_THEM:
+        os.environ.pop(name, None)
     yield folder
     assert sandbox_folders(folder) == set(), "sandboxes left something behind"
     client._LINGER = 0.0  # should somebody still be about to ask something

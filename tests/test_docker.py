@@ -674,9 +674,10 @@ def test_a_sandbox_ends_in_time_although_nobody_is_attached(
     start_program: StartProgram, engine: Any, folder: Path, end: str
 ) -> None:
     program = start_program()
-    config = f"SandboxConfig({end}=1)" if end.endswith(("lifetime", "idle_timeout")) else "SandboxConfig()"
+    # The container has to be there before its lifetime is over.
+    config = {"max_lifetime": "max_lifetime=4", "idle_timeout": "idle_timeout=1"}.get(end, "")
     program.tell(f"""
-        sandbox = Sandbox.create("local-docker", config={config}, network_policy="none")
+        sandbox = Sandbox.create("local-docker", config=SandboxConfig({config}), network_policy="none")
         sandbox.run_code("x = 1")
     """)
     assert len(kept_in(engine, folder)) == 1

@@ -424,7 +424,7 @@ def test_ctrl_c_in_the_program_interrupts_the_code_and_is_raised(sandbox: Sandbo
     with pytest.raises(KeyboardInterrupt):
         sandbox.run_code(f"x = 1\n{code}")
 
-    assert sandbox.is_executing is False
+    wait_until(lambda: not sandbox.is_executing)
     assert sandbox.run_code("x").text == "1"
 
 
