@@ -29,6 +29,7 @@ import pytest
 from code_sandboxes import (
     ExecutionResult,
     InputRequest,
+    OutputMessage,
     Sandbox,
     SandboxAuthenticationError,
     SandboxConfig,
@@ -682,16 +683,20 @@ def test_an_upload_that_is_cut_leaves_the_file_as_it_was(
 
 
 def test_calls_that_are_on_when_the_connection_is_lost_do_not_wait_for_the_next(
-    proxy: CuttingProxy, make: MakeSandbox, tmp_path: Path, diary: Diary
+    proxy: CuttingProxy, make: MakeSandbox, diary: Diary
 ) -> None:
     sandbox = make(proxy.url)
-    os.mkfifo(tmp_path / "never")
-    began = threading.Event()
+    pids: list[int] = []
+    before = proxy.bytes_down
+
+    def note(message: OutputMessage) -> None:
+        pids.append(int(message.line))
+
     calls = [
-        Running(lambda: sandbox.commands.run("echo began; sleep 60", on_stdout=lambda _: began.set())),
+        Running(lambda: sandbox.commands.run("echo $$; exec sleep 60", on_stdout=note)),
         Running(lambda: sandbox.files.read_bytes("/dev/zero", 0, 1_000_000_000)),
     ]
-    assert began.wait(SOON)
+    wait_until(lambda: pids and proxy.bytes_down > before + 5 * MIB)
     proxy.refuse()
     proxy.cut()
     for call in calls:
@@ -699,7 +704,7 @@ def test_calls_that_are_on_when_the_connection_is_lost_do_not_wait_for_the_next(
             call.outcome(5)
     proxy.accept()
     assert sandbox.commands.run("echo again").stdout == "again\n"
-    sandbox.commands.run("pkill -f '^sleep 60$'")
+    os.kill(pids[0], signal.SIGKILL)
 
 
 # Its kernels.

@@ -221,8 +221,8 @@ def test_list_filters_by_variant_and_by_all_tags(folder: Path) -> None:
         ),
         (
             "no",
-            "no sandbox 'no': it would be looked up at Datalayer, for which there is no API key; pass token=, or"
-            " set DATALAYER_API_KEY",
+            "no sandbox 'no': it would be looked up at Datalayer, for which there is no API key; pass token=,"
+            " or set DATALAYER_API_KEY",
         ),
         ("", "no sandbox '': the id of a datalayer-runtime is the name of its runtime"),
     ],

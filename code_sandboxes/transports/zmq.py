@@ -29,8 +29,8 @@ _TURN = 0.005
 
 # One message may take longer, if its kernel means it to. After so long a turn comes a pause, several times as
 # long: what others ask passes the I/O thread several times, and must not meet such a message each time. What
-# counts is the time that it takes of this thread: on a busy machine others take theirs in between. And a pause
-# must not look as if the kernel had nothing more to say.
+# counts is the time that it takes of this thread: on a busy machine others take theirs in between. And a
+# pause must not look as if the kernel had nothing more to say.
 _LONG_TURN = 0.05
 _PAUSE = 4
 _LONGEST_PAUSE = 2.0

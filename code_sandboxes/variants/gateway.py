@@ -2,6 +2,11 @@
 
 What keeps code in them from doing harm is the server's business: this variant refuses every policy and limit
 that it could only hope for. A kernel that it has started is deleted at the end; one that it was given is not.
+
+When the connection to a kernel is cut, or has been silent for half a minute, calls of files and commands fail
+at once. A run waits: the server keeps what the kernel says for whoever comes back within half a minute; one
+last try may take 20 s more. After that the run is ``connection_lost``, and the next one looks for the kernel
+again. A server that does not answer a question is waited for a minute, at the end of a sandbox as well.
 """
 
 from __future__ import annotations
