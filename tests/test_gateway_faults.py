@@ -821,6 +821,20 @@ def test_a_kernel_that_is_culled_ends_the_run(
     assert kernels(culling) == []
 
 
+def test_a_kernel_that_the_server_gives_up_ends_the_run(
+    new_jupyter_server: Callable[..., JupyterServer], make: MakeSandbox, diary: Diary
+) -> None:
+    resigned = new_jupyter_server(settings={"KernelRestarter.restart_limit": 0})
+    diary.secrets.add(resigned.token)
+    sandbox = make(resigned.url, token=resigned.token)
+    result = sandbox.run_code("print('last words', flush=True)\nimport os; os._exit(3)")
+    assert (result.status, result.stdout, result.state_preserved) == ("kernel_died", "last words", False)
+    assert "could not start it again" in sentence(result)
+    assert works(sandbox)
+    sandbox.terminate()
+    assert kernels(resigned) == []
+
+
 # Who may.
 
 
