@@ -13,6 +13,7 @@ from conftest import MakeSandbox
 ISOLATED = True
 FAST_VARIANT = "local-jupyter"
 EVERY_FRONT = ("blocking", "async")
+IN_A_CONTAINER = True
 ON_A_SERVER = True
 AT_DATALAYER = True
 

@@ -110,13 +110,14 @@ def server(tmp_path_factory: pytest.TempPathFactory, diary: Diary) -> Iterator[J
 @pytest.fixture(scope="module")
 def fragile_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
     needs_server(JupyterServer)
-    with JupyterServer(tmp_path_factory.mktemp("fragile")) as server:
+    resigned = {"KernelRestarter.restart_limit": 0}
+    with JupyterServer(tmp_path_factory.mktemp("fragile"), settings=resigned) as server:
         yield server
 
 
 @pytest.fixture
 def fragile(fragile_server: JupyterServer, diary: Diary) -> JupyterServer:
-    """One that tests kill and start again; it runs, and has no kernels."""
+    """One that tests kill and start again; it runs, has no kernels, and does not restart any."""
     if fragile_server.process.poll() is not None:
         fragile_server.start()
     diary.secrets.add(fragile_server.token)
@@ -571,7 +572,7 @@ def _has_begun(proxy: CuttingProxy, connections: int, start: Running) -> bool:
 
 def test_a_start_is_not_stopped_by_a_connection_that_is_cut(proxy: CuttingProxy, make: MakeSandbox) -> None:
     with ExitStack() as made:
-        for _ in range(4):
+        for _ in range(3):
             start = Running(lambda: made.enter_context(make(proxy.url)))
             wait_until(partial(_has_begun, proxy, proxy.connections, start))
             proxy.cut()
@@ -821,18 +822,14 @@ def test_a_kernel_that_is_culled_ends_the_run(
     assert kernels(culling) == []
 
 
-def test_a_kernel_that_the_server_gives_up_ends_the_run(
-    new_jupyter_server: Callable[..., JupyterServer], make: MakeSandbox, diary: Diary
-) -> None:
-    resigned = new_jupyter_server(settings={"KernelRestarter.restart_limit": 0})
-    diary.secrets.add(resigned.token)
-    sandbox = make(resigned.url, token=resigned.token)
+def test_a_kernel_that_the_server_gives_up_ends_the_run(fragile: JupyterServer, make: MakeSandbox) -> None:
+    sandbox = make(fragile.url, token=fragile.token)
     result = sandbox.run_code("print('last words', flush=True)\nimport os; os._exit(3)")
     assert (result.status, result.stdout, result.state_preserved) == ("kernel_died", "last words", False)
     assert "could not start it again" in sentence(result)
     assert works(sandbox)
     sandbox.terminate()
-    assert kernels(resigned) == []
+    assert kernels(fragile) == []
 
 
 # Who may.

@@ -45,6 +45,7 @@ from conftest import UNISOLATED
 
 ISOLATED = True
 EVERY_FRONT = ("blocking", "async")
+IN_A_CONTAINER = True
 ON_A_SERVER = True
 
 # They have no types.
