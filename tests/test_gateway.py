@@ -24,6 +24,7 @@ from code_sandboxes import (
 from code_sandboxes.remote.rest import Place
 from code_sandboxes.remote.server import KernelSpec
 from code_sandboxes.variants.gateway import limits_of
+from tests.server_fixtures import needs_server
 from tests.servers import EnterpriseGateway, JupyterHub, JupyterServer, KernelGateway, Server
 
 SOMEWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -33,6 +34,14 @@ SOMEWHERE = "http://127.0.0.1:9"  # nobody listens there
 def on(server: Server, **settings: Any) -> Iterator[Sandbox]:
     with Sandbox.create("jupyter-gateway", server_url=server.url, token=server.token, **settings) as sandbox:
         yield sandbox
+
+
+@pytest.fixture(scope="module")
+def jupyter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
+    """One of its own, on which no other module has kernels."""
+    needs_server(JupyterServer)
+    with JupyterServer(tmp_path_factory.mktemp("own")) as server:
+        yield server
 
 
 def kernels_of(server: Server) -> list[str]:
