@@ -27,7 +27,6 @@ from code_sandboxes.kernel_process import (
     KernelInfo,
     KernelProcess,
     Limits,
-    MessageTooLargeError,
     Transport,
 )
 from code_sandboxes.protocol.events import (
@@ -54,6 +53,7 @@ from code_sandboxes.protocol.outputs import Displays, Outputs
 from code_sandboxes.protocol.router import Router
 from code_sandboxes.results import Logs
 from code_sandboxes.runs import Run, Turn
+from code_sandboxes.transports.errors import MessageTooLargeError
 from code_sandboxes.transports.loop import Loop, Timer
 
 __all__ = ["Ended", "Kernel", "Ready", "StartFailed"]

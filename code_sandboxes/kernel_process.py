@@ -9,7 +9,6 @@ from typing import Literal, Protocol
 
 from code_sandboxes.protocol.events import Streamed
 from code_sandboxes.protocol.messages import Channel, Message
-from code_sandboxes.transports.errors import MessageTooLargeError
 from code_sandboxes.transports.loop import Loop
 
 __all__ = [
@@ -17,7 +16,6 @@ __all__ = [
     "KernelInfo",
     "KernelProcess",
     "Limits",
-    "MessageTooLargeError",
     "Prologue",
     "Transport",
 ]

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -41,6 +41,7 @@ __all__ = [
     "new_jupyter_hub",
     "new_jupyter_server",
     "new_kernel_gateway",
+    "running",
 ]
 
 REQUIRED = "CODE_SANDBOXES_REQUIRE_SERVERS"
@@ -99,49 +100,53 @@ def needs_server(kind: type[Server]) -> None:
         pytest.skip(f"NO SERVER: no {kind.__name__}: {error}")
 
 
+@contextmanager
+def running(
+    kind: type[S], tmp_path_factory: pytest.TempPathFactory, name: str, **settings: Any
+) -> Iterator[S]:
+    """A server of that kind, in a folder of that name."""
+    needs_server(kind)
+    with kind(tmp_path_factory.mktemp(name), **settings) as server:
+        yield server
+
+
 # One for all tests that leave nothing in it.
 
 
 @pytest.fixture(scope="session")
 def jupyter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
-    needs_server(JupyterServer)
-    with JupyterServer(tmp_path_factory.mktemp("jupyter")) as server:
+    with running(JupyterServer, tmp_path_factory, "jupyter") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def jupyter_server_on_socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
-    needs_server(JupyterServer)
-    with JupyterServer(tmp_path_factory.mktemp("unix"), unix=True) as server:
+    with running(JupyterServer, tmp_path_factory, "unix", unix=True) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def jupyter_server_with_base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
-    needs_server(JupyterServer)
-    with JupyterServer(tmp_path_factory.mktemp("based"), base_url="/some/where") as server:
+    with running(JupyterServer, tmp_path_factory, "based", base_url="/some/where") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def kernel_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelGateway]:
-    needs_server(KernelGateway)
-    with KernelGateway(tmp_path_factory.mktemp("gateway")) as server:
+    with running(KernelGateway, tmp_path_factory, "gateway") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def enterprise_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EnterpriseGateway]:
-    needs_server(EnterpriseGateway)
-    with EnterpriseGateway(tmp_path_factory.mktemp("enterprise")) as server:
+    with running(EnterpriseGateway, tmp_path_factory, "enterprise") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def jupyter_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterHub]:
-    needs_server(JupyterHub)
-    with JupyterHub(tmp_path_factory.mktemp("hub")) as hub:
-        yield hub
+    with running(JupyterHub, tmp_path_factory, "hub") as server:
+        yield server
 
 
 # As many as one test wants for itself: ``new_jupyter_server(settings={...})`` is one that runs.

@@ -525,7 +525,6 @@ def test_commands_answer_while_code_runs(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.one_front
 @pytest.mark.parametrize("code", ["t.sleep(3)", "end = t.time() + 3\nwhile t.time() < end: pass"])
 def test_commands_are_quick_while_code_runs(sandbox: Sandbox, code: str) -> None:
     sandbox.commands.run("true")
@@ -728,7 +727,6 @@ def test_packages_go_to_the_package_manager_as_arguments(
 
 
 @pytest.mark.slow
-@pytest.mark.one_front
 def test_threads_that_share_a_stream_get_each_line_once(shared_sandbox: Sandbox) -> None:
     process = shared_sandbox.commands.spawn("seq 100000")
     lines: list[str] = []

@@ -11,14 +11,10 @@ import pytest
 
 from code_sandboxes import Sandbox, SandboxConfigurationError, SandboxPool, SandboxSnapshotError
 from code_sandboxes.isolation.container import SNAPSHOTS
-from conftest import REQUIRES_CONTAINERS, wait_until, why_no_containers
+from conftest import wait_until
+from tests.isolation.needs import IN_CONTAINERS
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        bool(why_no_containers()) and not REQUIRES_CONTAINERS, reason=f"NO CONTAINERS: {why_no_containers()}"
-    ),
-]
+pytestmark = IN_CONTAINERS
 
 
 def create(**settings: object) -> Sandbox:

@@ -144,7 +144,6 @@ def test_python_by_any_name_is_the_default_context(shared_sandbox: Sandbox, lang
 
 @pytest.mark.slow
 @pytest.mark.needs("languages.bash")
-@pytest.mark.one_front
 def test_bash_runs_prints_fails_and_keeps_its_state(sandbox: Sandbox) -> None:
     assert sandbox.run_code("x=5; echo out; echo err >&2", language="bash").stdout.splitlines() == [
         "out",
@@ -159,7 +158,6 @@ def test_bash_runs_prints_fails_and_keeps_its_state(sandbox: Sandbox) -> None:
 
 @pytest.mark.slow
 @pytest.mark.needs("languages.bash")
-@pytest.mark.one_front
 def test_bash_is_interrupted_when_it_times_out(sandbox: Sandbox) -> None:
     result = sandbox.run_code("x=5; echo on; sleep 60", language="bash", timeout=1)
 
@@ -169,7 +167,6 @@ def test_bash_is_interrupted_when_it_times_out(sandbox: Sandbox) -> None:
 
 @pytest.mark.slow
 @pytest.mark.needs("languages.bash")
-@pytest.mark.one_front
 def test_bash_is_started_afresh_when_it_died(sandbox: Sandbox) -> None:
     sandbox.run_code("x=5", language="bash")
     result = sandbox.run_code("kill -9 $PPID; sleep 5", language="bash")

@@ -35,17 +35,13 @@ from code_sandboxes import (
 from code_sandboxes.isolation.container import LABEL
 from code_sandboxes.isolation.distant import DISTANT, STEWARD
 from code_sandboxes.isolation.engine import IMAGE, connect
-from conftest import REQUIRES_CONTAINERS, wait_until, why_no_containers
+from conftest import wait_until
 from tests.distance import Distance
+from tests.isolation.needs import IN_CONTAINERS
 from tests.test_docker import built
 from tests.test_keeper import Program
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        bool(why_no_containers()) and not REQUIRES_CONTAINERS, reason=f"NO CONTAINERS: {why_no_containers()}"
-    ),
-]
+pytestmark = IN_CONTAINERS
 
 MIB = 1024**2
 

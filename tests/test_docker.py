@@ -45,17 +45,13 @@ from code_sandboxes.isolation.container import LABEL
 from code_sandboxes.isolation.engine import IMAGE, connect
 from code_sandboxes.isolation.hosts import HOST_NAME
 from code_sandboxes.keeper import client
-from conftest import REQUIRES_CONTAINERS, processes_of, sandbox_folders, wait_until, why_no_containers
+from conftest import processes_of, sandbox_folders, wait_until
+from tests.isolation.needs import IN_CONTAINERS
 from tests.isolation.users import NoInterpreterError, ordinary_user
 from tests.test_keeper import Program, is_keeper, keeper_of, mounted_tmpfs, nothing_is_left_in
 from tests.test_packages import wheel
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        bool(why_no_containers()) and not REQUIRES_CONTAINERS, reason=f"NO CONTAINERS: {why_no_containers()}"
-    ),
-]
+pytestmark = IN_CONTAINERS
 
 MIB = 1024**2
 

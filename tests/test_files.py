@@ -734,7 +734,6 @@ def test_a_watch_says_so_when_the_kernel_dies(sandbox: Sandbox, folder: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/sys/fs/inotify/max_queued_events").exists(), reason="needs inotify")
-@pytest.mark.one_front
 def test_events_that_were_lost_are_told_and_those_before_are_there(
     shared_sandbox: Sandbox, folder: str
 ) -> None:
@@ -795,7 +794,6 @@ def test_what_was_open_in_a_kernel_that_died_is_not_asked_of_the_next(sandbox: S
 @pytest.mark.slow
 @pytest.mark.needs("own_process")
 @pytest.mark.timeout(300)
-@pytest.mark.one_front
 def test_transfers_of_a_gigabyte_hold_a_few_mebibytes(sandbox: Sandbox, tmp_path: Path) -> None:
     local, back = tmp_path / "local", tmp_path / "back"
     block = os.urandom(MIB)

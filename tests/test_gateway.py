@@ -24,7 +24,7 @@ from code_sandboxes import (
 from code_sandboxes.remote.rest import Place
 from code_sandboxes.remote.server import KernelSpec
 from code_sandboxes.variants.gateway import limits_of
-from tests.server_fixtures import needs_server
+from tests.server_fixtures import running
 from tests.servers import EnterpriseGateway, JupyterHub, JupyterServer, KernelGateway, Server
 
 SOMEWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -39,8 +39,7 @@ def on(server: Server, **settings: Any) -> Iterator[Sandbox]:
 @pytest.fixture(scope="module")
 def jupyter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
     """One of its own, on which no other module has kernels."""
-    needs_server(JupyterServer)
-    with JupyterServer(tmp_path_factory.mktemp("own")) as server:
+    with running(JupyterServer, tmp_path_factory, "own") as server:
         yield server
 
 

@@ -44,7 +44,7 @@ from code_sandboxes.transports import websocket
 from code_sandboxes.transports.loop import the_loop
 from conftest import open_descriptors, wait_until
 from tests.cutting_proxy import CuttingProxy, Ending
-from tests.server_fixtures import needs_server
+from tests.server_fixtures import running
 from tests.servers import JupyterServer, Server
 from tests.servers.server import free_port
 from tests.websocket_proxy import WebSocketProxy
@@ -101,17 +101,15 @@ def diary() -> Iterator[Diary]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, diary: Diary) -> Iterator[JupyterServer]:
     """One that no test harms: a Jupyter Server as it is without any settings."""
-    needs_server(JupyterServer)
-    with JupyterServer(tmp_path_factory.mktemp("server")) as server:
+    with running(JupyterServer, tmp_path_factory, "server") as server:
         diary.secrets.add(server.token)
         yield server
 
 
 @pytest.fixture(scope="module")
 def fragile_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterServer]:
-    needs_server(JupyterServer)
     resigned = {"KernelRestarter.restart_limit": 0}
-    with JupyterServer(tmp_path_factory.mktemp("fragile"), settings=resigned) as server:
+    with running(JupyterServer, tmp_path_factory, "fragile", settings=resigned) as server:
         yield server
 
 

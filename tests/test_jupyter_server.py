@@ -9,21 +9,17 @@ import socket
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import pytest
 import websocket
 
 from code_sandboxes import Sandbox
-from conftest import REQUIRES_CONTAINERS, wait_until, why_no_containers
+from conftest import wait_until
+from tests.isolation.needs import IN_CONTAINERS
+from tests.servers.channels import printed
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        bool(why_no_containers()) and not REQUIRES_CONTAINERS, reason=f"NO CONTAINERS: {why_no_containers()}"
-    ),
-]
+pytestmark = IN_CONTAINERS
 
 
 @pytest.fixture
@@ -56,28 +52,12 @@ def kernels(sandbox: Sandbox) -> list[str]:
 
 def run(sandbox: Sandbox, kernel: str, code: str) -> str:
     """What *code* prints, run through the server."""
-    session, number = secrets.token_hex(16), secrets.token_hex(16)
+    session = secrets.token_hex(16)
     channels = websocket.create_connection(
         f"ws://localhost/api/kernels/{kernel}/channels?session_id={session}", socket=connect(sandbox)
     )
-    header = {"msg_id": number, "session": session, "msg_type": "execute_request", "version": "5.3"}
-    message: dict[str, Any] = {
-        "header": {**header, "username": "", "date": ""},
-        "parent_header": {},
-        "metadata": {},
-        "content": {"code": code, "silent": False},
-        "channel": "shell",
-    }
-    channels.send(json.dumps(message))
-    printed = ""
-    while True:
-        told = json.loads(channels.recv())
-        if told["parent_header"].get("msg_id") != number:
-            continue
-        printed += told["content"].get("text", "") if told["msg_type"] == "stream" else ""
-        if told["content"].get("execution_state") == "idle":
-            channels.close()
-            return printed
+    with closing(channels):
+        return printed(channels, code, session)
 
 
 def test_its_kernels_are_the_contexts(sandbox: Sandbox) -> None:

@@ -213,7 +213,6 @@ def test_variables_that_were_lost_in_a_run_whose_result_nobody_saw_are_told_by_t
         "import builtins; del builtins.print, builtins.open, builtins.compile",
     ],
 )
-@pytest.mark.one_front
 def test_code_that_ruins_what_it_runs_in_ruins_it_for_one_run_at_most(sandbox: Sandbox, code: str) -> None:
     sandbox.run_code(code, timeout=5)
     sandbox.run_code("print(1)", timeout=1)

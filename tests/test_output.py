@@ -150,7 +150,6 @@ def test_output_while_no_run_is_on_is_background_output(sandbox: Sandbox) -> Non
     ],
     ids=["small lines", "big chunks"],
 )
-@pytest.mark.one_front
 def test_100_mb_of_output_arrive_whole(shared_sandbox: Sandbox, code: str) -> None:
     result = shared_sandbox.run_code(code, timeout=0)
 
@@ -176,7 +175,6 @@ def test_beyond_max_output_head_and_tail_are_kept_and_the_result_says_so(make_sa
 
 
 @pytest.mark.slow
-@pytest.mark.one_front
 def test_50_000_displays_reach_a_slow_callback_without_a_loss(shared_sandbox: Sandbox) -> None:
     seen: list[str | None] = []
 

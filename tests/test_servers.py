@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -29,6 +27,7 @@ from tests.servers import (
     Server,
     ServerStartError,
 )
+from tests.servers.channels import printed
 from tests.servers.installed import Installation, NodePackage, PythonPackages
 from tests.servers.processes import MARK
 
@@ -177,27 +176,6 @@ def channels_of(server: Server, path: str, **options: Any) -> websocket.WebSocke
         place = f"ws://localhost{path}"
     header = [f"Authorization: token {server.token}"]
     return websocket.create_connection(f"{place}/channels", header=header, timeout=60, **options)
-
-
-def printed(channels: websocket.WebSocket, code: str) -> str:
-    """What *code* prints."""
-    number = secrets.token_hex(16)
-    header = {"msg_id": number, "session": "s", "msg_type": "execute_request", "version": "5.3"}
-    message: dict[str, Any] = {
-        "header": {**header, "username": "", "date": ""},
-        "parent_header": {},
-        "metadata": {},
-        "content": {"code": code, "silent": False},
-        "channel": "shell",
-    }
-    channels.send(json.dumps(message))
-    said = ""
-    while True:
-        told = json.loads(channels.recv())
-        if told["parent_header"].get("msg_id") == number:
-            said += told["content"].get("text", "") if told["msg_type"] == "stream" else ""
-            if told["content"].get("execution_state") == "idle":
-                return said
 
 
 @pytest.mark.slow

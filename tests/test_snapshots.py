@@ -249,7 +249,6 @@ def test_what_does_not_come_to_an_end_is_named(sandbox: Sandbox, make_sandbox: M
     assert sandbox.run_code("x").text == text_of(make_sandbox(snapshot_name="mine"), "x") == "[1]"
 
 
-@pytest.mark.one_front
 @pytest.mark.slow
 def test_what_does_not_come_back_is_named(sandbox: Sandbox, make_sandbox: MakeSandbox) -> None:
     sandbox.run_code(

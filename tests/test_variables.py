@@ -665,7 +665,6 @@ def test_a_package_that_is_missing_here_is_named(
 
 
 @pytest.mark.slow
-@pytest.mark.one_front
 def test_many_calls_do_not_use_anything_up(shared_sandbox: Sandbox) -> None:
     """ipykernel keeps a socket for each thread that sends something, and libzmq has a thousand."""
     for number in range(1500):
@@ -705,7 +704,6 @@ def most(sandbox: Sandbox) -> int:
 
 @pytest.mark.not_in_a_container("its image has no such packages")
 @pytest.mark.slow
-@pytest.mark.one_front
 def test_a_large_array_takes_its_own_memory_and_little_more(sandbox: Sandbox) -> None:
     array = np.random.default_rng(1).random(25 * MIB)  # 200 MiB
     sandbox.set_variable("warm", array[: 8 * MIB])

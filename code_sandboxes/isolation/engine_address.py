@@ -12,6 +12,8 @@ import subprocess
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
+from code_sandboxes.transports.dialling import dial_tcp, dial_unix
+
 __all__ = ["EngineAddress"]
 
 # Seconds.
@@ -42,32 +44,16 @@ class EngineAddress:
         """
         parts = urlsplit(self.url)
         if parts.scheme == "unix":
-            return _unix(self.url.removeprefix("unix://"))
+            return dial_unix(unquote(self.url.removeprefix("unix://")))
         if parts.scheme == "ssh":
             return _Ssh.dial(parts.hostname or "", parts.username, parts.port)
-        connection = socket.create_connection(
-            (parts.hostname or "", parts.port or _HTTP[parts.scheme]), _CONNECT
-        )
+        connection = dial_tcp(parts.hostname or "", parts.port or _HTTP[parts.scheme], self.tls)
         try:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if self.tls is not None:
-                return self.tls.wrap_socket(connection, server_hostname=parts.hostname)
         except BaseException:
             connection.close()
             raise
         return connection
-
-
-def _unix(path: str) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.settimeout(_CONNECT)
-        connection.connect(unquote(path))
-    except BaseException:
-        connection.close()
-        raise
-    return connection
 
 
 class _Ssh(socket.socket):

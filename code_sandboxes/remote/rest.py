@@ -28,6 +28,7 @@ from code_sandboxes.errors import (
     SandboxConnectionError,
     SandboxQuotaExceededError,
 )
+from code_sandboxes.transports.dialling import dial_unix
 
 __all__ = ["Answer", "HttpError", "Place", "Rest", "tls"]
 
@@ -155,7 +156,7 @@ class Rest:
         # Jupyter Server gives one that is as good as the token, and stays so when that is revoked.
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         if dial is None and place.unix_socket is not None:
-            dial = partial(_dial_unix, place.unix_socket)
+            dial = partial(dial_unix, place.unix_socket)
         adapter = _Adapter(dial)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
@@ -309,17 +310,6 @@ class _DialledConnection(HTTPConnection):
             return self._dial()
         except OSError as error:
             raise NewConnectionError(self, str(error)) from error
-
-
-def _dial_unix(path: str) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.settimeout(_CONNECT)
-        connection.connect(path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
 
 
 def _host_of(parts: SplitResult, port: int | None) -> str:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from code_sandboxes.protocol.kernel_websocket import SUBPROTOCOL, decode, encode
 from code_sandboxes.protocol.messages import Channel, Message
 from code_sandboxes.protocol.wire import WireError
+from code_sandboxes.transports.dialling import dial_tcp, dial_unix
 from code_sandboxes.transports.errors import MessageTooLargeError, PlaceGoneError
 from code_sandboxes.transports.loop import Loop, Timer
 
@@ -90,26 +91,11 @@ class WebSocketAddress:
         if self.dialler is not None:
             return self.dialler()
         if self.unix_socket is not None:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                connection.settimeout(_DIAL)
-                connection.connect(self.unix_socket)
-            except BaseException:
-                connection.close()
-                raise
-            return connection
+            return dial_unix(self.unix_socket)
         parts = urlsplit(self.url)
         assert parts.hostname is not None
         port = parts.port or (443 if parts.scheme == "wss" else 80)
-        connection = socket.create_connection((parts.hostname, port), _DIAL)
-        try:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.tls is not None:
-                return self.tls.wrap_socket(connection, server_hostname=parts.hostname)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        return dial_tcp(parts.hostname, port, self.tls)
 
 
 class WebSocketTransport:

@@ -55,6 +55,7 @@ class JupyterGateway(Variant):
         {"hub_url", "kernel_id", "kernel_name", "max_output", "path", "server_url", "token"}
     )
     is_reached_by_id = True
+    is_elsewhere = True
 
     def __init__(self, config: SandboxConfig, options: Mapping[str, object]) -> None:
         super().__init__(config, options)
@@ -235,8 +236,8 @@ class JupyterGateway(Variant):
                 f"no kernelspec {self._default!r} at {self._url}"
                 f" (installed: {', '.join(sorted(self._specs)) or 'none'})"
             )
-
-        self._limits = self._server.is_enterprise_gateway() and self._specs[self._default].limits_resources
+        # Few kernelspecs say that they do, so that the server is seldom asked.
+        self._limits = self._specs[self._default].limits_resources and self._server.is_enterprise_gateway()
         for trait, what in (("memory_limit", "limit the memory"), ("cpu_limit", "limit the CPUs")):
             if getattr(self.config, trait) is not None and not self._limits:
                 raise self.refuse(f"{what} ({trait}={getattr(self.config, trait)!r})", _MAYBE)

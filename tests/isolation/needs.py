@@ -10,7 +10,15 @@ from code_sandboxes.isolation.plan import Method
 from code_sandboxes.variants.plans import enforceable, why_not
 from conftest import REQUIRES_CONTAINERS, why_no_containers
 
-__all__ = ["ENCLOSURES", "REQUIRED", "needs_containers", "needs_isolation", "needs_limit", "not_here"]
+__all__ = [
+    "ENCLOSURES",
+    "IN_CONTAINERS",
+    "REQUIRED",
+    "needs_containers",
+    "needs_isolation",
+    "needs_limit",
+    "not_here",
+]
 
 REQUIRED = "CODE_SANDBOXES_REQUIRE_ISOLATION"
 """The environment variable that says that nothing may be missing."""
@@ -18,6 +26,15 @@ REQUIRED = "CODE_SANDBOXES_REQUIRE_ISOLATION"
 
 ENCLOSURES = ["bubblewrap", pytest.param("container", marks=pytest.mark.slow)]
 """The kinds of enclosure, as parameters of a test."""
+
+
+IN_CONTAINERS = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(why_no_containers()) and not REQUIRES_CONTAINERS, reason=f"NO CONTAINERS: {why_no_containers()}"
+    ),
+]
+"""The marks of a module all of whose tests take a container engine."""
 
 
 def not_here(reason: str) -> None:
