@@ -173,7 +173,7 @@ def info_of(variant: SandboxVariant, record: Record, config: SandboxConfig) -> S
         id=record.id,
         variant=variant,
         status=SandboxStatus.PAUSED if record.metadata.get("paused") else SandboxStatus.RUNNING,
-        created_at=record.created_at,
+        created_at=record.created_at or None,
         end_at=None if record.time_left is None else time.time() + record.time_left,
         name=record.name,
         tags=record.tags,

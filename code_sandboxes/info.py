@@ -110,7 +110,8 @@ class SandboxInfo:
     """A sandbox as it is now.
 
     Args:
-        created_at: seconds since the epoch, None before the start.
+        created_at: seconds since the epoch; None before the start, and where another program has made it and
+            its server does not tell.
         end_at: when its lifetime ends, seconds since the epoch; None if it has none.
         isolation: what separates it from the machine it runs on.
         metadata: more about it. Where this program uses it, ``dropped_messages`` says how many messages of

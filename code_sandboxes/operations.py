@@ -183,7 +183,7 @@ class Core:
 
     def _attach(self, record: Record) -> None:
         """Take up what another program made, or this one in an earlier life."""
-        self._id, self.created_at = record.id, record.created_at
+        self._id, self.created_at = record.id, record.created_at or None
         self.status = SandboxStatus.PAUSED if record.metadata.get("paused") else SandboxStatus.RUNNING
         if record.time_left is not None:
             self.rescheduled(record.time_left)
@@ -315,7 +315,7 @@ class Core:
             name=self.name,
             tags=dict(self.tags),
             settings=self.config.settings(),
-            created_at=self.created_at or time.time(),
+            created_at=self.created_at or 0.0,
             time_left=None if self._ends_at is None else self._ends_at - time.monotonic(),
             isolation=self.variant.isolation,
             metadata=self.variant.metadata,

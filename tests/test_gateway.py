@@ -264,6 +264,7 @@ def test_one_that_is_detached_goes_on(jupyter_server: JupyterServer) -> None:
         sandbox.detach()
     found = Sandbox.from_id(sandbox.id, token=jupyter_server.token)
     assert found.run_code("kept").text == "1"
+    assert found.info.created_at is None  # the server does not know
     found.terminate()
     assert kernels_of(jupyter_server) == []
 

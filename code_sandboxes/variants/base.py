@@ -49,7 +49,7 @@ class Record:
 
     Args:
         settings: of its :class:`SandboxConfig`, by name.
-        created_at: seconds since the epoch.
+        created_at: seconds since the epoch; 0 if nobody knows.
         time_left: seconds until its lifetime ends; None if it has no end.
         isolation: what separates it from the machine it runs on.
     """
