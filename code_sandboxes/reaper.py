@@ -1,4 +1,4 @@
-"""End the kernels of a program that was killed, and all that they started, here or in a cloud.
+"""End the kernels of a program that was killed, and all that they started, here or elsewhere.
 
 A program that ends in any orderly way does this itself. One that is killed with SIGKILL cannot: a second,
 small process watches it, told beforehand what to end. Both sides of their conversation are in this file:
@@ -20,12 +20,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 __all__ = [
     "CGROUP",
     "MARK",
     "USERS",
+    "Guard",
     "Reaper",
     "end_cgroups",
     "end_marked",
@@ -56,8 +57,19 @@ _NEWBORN = 0.25
 # How long an engine may go on to make a container for one who was killed meanwhile.
 _MAKING = 10.0
 
-# How long one may be in the making that runs at Datalayer, until the service answers, and between two looks.
+Guard = tuple[str, ...]
+"""What to end elsewhere: its kind, and what the function of that kind in this file takes.
+
+* ``runtime``: of Datalayer; the URL at which the service has its runtimes, a token, and its given name.
+* ``resource``: what a DELETE ends, as a kernel of a Jupyter server; its URL, the path of the Unix socket of
+  its server (empty if it has none), the header ``Authorization`` (empty for none), and the request's body.
+"""
+
+# How long something may be in the making elsewhere, until a server answers, and between two looks.
 _APPEARING, _ANSWER, _PAUSE = 60.0, 30.0, 1.0
+
+# HTTP statuses that say that something was done, or will be (RFC 9110, section 15.3).
+_OK, _DONE = 200, (200, 202, 204)
 
 # Which say whom TLS trusts (OpenSSL, SSL_CTX_load_verify_locations(3)).
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -84,7 +96,7 @@ class Reaper:
         self._groups: set[int] = set()
         self._cgroups: set[str] = set()
         self._containers: set[tuple[str, str]] = set()
-        self._runtimes: set[tuple[str, str, str]] = set()
+        self._remote: set[Guard] = set()
 
     def guard_folder(self, folder: str) -> None:
         with self._lock:
@@ -122,19 +134,15 @@ class Reaper:
             self._containers.discard((engine, name))
             self._tell()
 
-    def guard_runtime(self, url: str, token: str, given_name: str) -> None:
-        """A runtime of Datalayer, before it is asked for.
-
-        Args:
-            url: at which the service has its runtimes.
-        """
+    def guard_remote(self, guard: Guard) -> None:
+        """What will be elsewhere, before it is asked for."""
         with self._lock:
-            self._runtimes.add((url, token, given_name))
+            self._remote.add(guard)
             self._tell()
 
-    def release_runtime(self, url: str, token: str, given_name: str) -> None:
+    def release_remote(self, guard: Guard) -> None:
         with self._lock:
-            self._runtimes.discard((url, token, given_name))
+            self._remote.discard(guard)
             self._tell()
 
     def close(self) -> None:
@@ -156,7 +164,7 @@ class Reaper:
             "groups": sorted(self._groups),
             "cgroups": sorted(self._cgroups, reverse=True),  # what is further down has to go first
             "containers": sorted(self._containers),
-            "runtimes": sorted(self._runtimes),
+            "remote": sorted(self._remote),
         }
         line = json.dumps(guarded).encode() + b"\n"
         if self._process is None and not any(guarded.values()):
@@ -195,13 +203,13 @@ def main(program: int) -> None:
         left = json.loads(line)
         missing = _remove_containers(left["containers"])
         _end(left["groups"], left["folders"], left["cgroups"], program)
-        _end_runtimes(left["runtimes"], program)
         give_up = time.monotonic() + _MAKING
         while missing and time.monotonic() < give_up:
             time.sleep(_NEWBORN)
             if not _was_killed(program):
                 return
             missing = _remove_containers(missing)
+        _end_remote(left["remote"], program)
 
 
 def _was_killed(program: int) -> bool:
@@ -283,47 +291,66 @@ def remove_container(engine: str, name: str) -> bool:
     return answer.split(b" ", 2)[1:2] != [b"404"]
 
 
-def _end_runtimes(runtimes: list[list[str]], program: int) -> None:
-    """End runtimes of Datalayer; one that is not there may be in the making."""
+def _end_remote(guards: list[list[str]], program: int) -> None:
+    """End what is elsewhere; what is not there may be in the making."""
+    from http.client import HTTPException  # all of this takes longer to import than all the rest
+
+    end: dict[str, Callable[..., bool]] = {"runtime": _end_runtime, "resource": _delete}
     give_up = time.monotonic() + _APPEARING
-    while runtimes := [runtime for runtime in runtimes if not _end_runtime(*runtime)]:
-        time.sleep(_PAUSE)
-        if time.monotonic() > give_up or not _was_killed(program):
+    while guards and time.monotonic() < give_up:
+        left = []
+        for kind, *what in guards:
+            was_there = False
+            with contextlib.suppress(OSError, HTTPException, ValueError, KeyError, TypeError):  # tried again
+                was_there = end[kind](*what)
+            if not was_there:
+                left.append([kind, *what])
+        guards = left
+        if guards:
+            time.sleep(_PAUSE)
+        if not _was_killed(program):
             return
 
 
 def _end_runtime(url: str, token: str, given_name: str) -> bool:
     """End the runtime of that name; False if it is not there, for all that is known."""
-    from http.client import HTTPException  # all of this takes longer to import than all the rest
     from urllib.parse import quote
 
     was_there = False
-    try:
-        for runtime in json.loads(_ask("GET", url, token))["runtimes"]:
-            if runtime["given_name"] == given_name:
-                name = runtime.get("runtime_name") or runtime["pod_name"]
-                _ask("DELETE", f"{url}/{quote(name, safe='')}", token)
-                was_there = True
-    except (OSError, HTTPException, ValueError, KeyError, TypeError):  # it is tried again
-        return False
+    status, answer = _ask("GET", url, "", f"Bearer {token}")
+    for runtime in json.loads(answer)["runtimes"] if status == _OK else ():
+        if runtime["given_name"] == given_name:
+            name = runtime.get("runtime_name") or runtime["pod_name"]
+            status, _ = _ask("DELETE", f"{url}/{quote(name, safe='')}", "", f"Bearer {token}")
+            was_there = status in _DONE
     return was_there
 
 
-def _ask(verb: str, url: str, token: str) -> bytes:
-    from urllib import request
+def _delete(url: str, unix_socket: str, authorization: str, body: str) -> bool:
+    """End what has that URL; False if it is not there, for all that is known."""
+    status, _ = _ask("DELETE", url, unix_socket, authorization, body)
+    return status in _DONE
 
-    opener = request.OpenerDirector()  # which knows neither proxies nor redirections
-    for handler in (
-        request.HTTPHandler(),
-        request.HTTPSHandler(),
-        request.HTTPErrorProcessor(),
-        request.HTTPDefaultErrorHandler(),
-    ):
-        opener.add_handler(handler)
-    asked = request.Request(url, method=verb, headers={"Authorization": f"Bearer {token}"})
-    with opener.open(asked, timeout=_ANSWER) as answer:
-        content: bytes = answer.read()
-    return content
+
+def _ask(verb: str, url: str, unix_socket: str, authorization: str, body: str = "") -> tuple[int, bytes]:
+    """The status and the content of the answer: of this server, not of a proxy or where it sends who asks."""
+    from http.client import HTTPConnection, HTTPSConnection
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    with contextlib.closing(kind(parts.hostname or "", parts.port, timeout=_ANSWER)) as connection:
+        if unix_socket:
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(_ANSWER)
+            connection.sock.connect(unix_socket)
+        headers = {"Authorization": authorization} if authorization else {}
+        if body:
+            headers["Content-Type"] = "application/json"
+        path = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        connection.request(verb, path, body or None, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
 
 
 def end_cgroups(folders: Sequence[str]) -> None:

@@ -3,8 +3,10 @@ with them; what becomes of it when something breaks, in test_gateway_faults.py."
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from code_sandboxes import (
 from code_sandboxes.remote.rest import Place
 from code_sandboxes.remote.server import KernelSpec
 from code_sandboxes.variants.gateway import limits_of
+from conftest import wait_until
 from tests.server_fixtures import running
 from tests.servers import EnterpriseGateway, JupyterHub, JupyterServer, KernelGateway, Server
 
@@ -266,6 +269,70 @@ def test_one_that_is_detached_goes_on(jupyter_server: JupyterServer) -> None:
     assert found.run_code("kept").text == "1"
     assert found.info.created_at is None  # the server does not know
     found.terminate()
+    assert kernels_of(jupyter_server) == []
+
+
+# It is killed before it can end what it has.
+
+KILLED = """
+import json, os, signal, sys
+from code_sandboxes import Sandbox
+sandbox = Sandbox.create("jupyter-gateway", **json.loads(sys.argv[1]))
+sandbox.create_context("other")
+print(json.dumps([sandbox.id, *sandbox.info.metadata["kernel_ids"]]), flush=True)
+if sys.argv[2] == "detached":
+    sandbox.detach()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed_with(settings: dict[str, str], token: str, how: str = "") -> list[str]:
+    """The id of the sandbox of a program that was killed, and those of its two kernels."""
+    program = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(settings), how],
+        env={**os.environ, "JUPYTER_TOKEN": token},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (program.returncode, program.stderr) == (-signal.SIGKILL, "")
+    ids: list[str] = json.loads(program.stdout)
+    assert len(ids) == 3
+    return ids
+
+
+def is_there(server: Server, kernel_id: str) -> bool:
+    return server.request("GET", f"/api/kernels/{kernel_id}").status_code == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fixture", ["jupyter_server", "jupyter_server_on_socket", "kernel_gateway", "enterprise_gateway"]
+)
+def test_its_program_is_killed_and_its_kernels_end(request: pytest.FixtureRequest, fixture: str) -> None:
+    server: Server = request.getfixturevalue(fixture)
+    _, *kernels = killed_with({"server_url": server.url}, server.token)
+    wait_until(lambda: not any(is_there(server, kernel) for kernel in kernels))
+
+
+@pytest.mark.slow
+def test_its_program_is_killed_and_the_server_of_the_hub_ends(jupyter_hub: JupyterHub) -> None:
+    token = jupyter_hub.user_token("grace")
+    killed_with({"hub_url": jupyter_hub.url}, token)
+    wait_until(lambda: jupyter_hub.request("GET", "/hub/api/users/grace").json()["servers"] == {})
+
+
+@pytest.mark.slow
+def test_its_program_is_killed_and_what_is_not_its_own_goes_on(jupyter_server: JupyterServer) -> None:
+    given = jupyter_server.request("POST", "/api/kernels", {"name": "python3"}).json()["id"]
+    url = jupyter_server.url
+    detached, *kernels = killed_with({"server_url": url}, jupyter_server.token, "detached")
+    _, _, own = killed_with({"server_url": url, "kernel_id": given}, jupyter_server.token)
+    wait_until(lambda: not is_there(jupyter_server, own))
+    assert set(kernels_of(jupyter_server)) == {given, *kernels}
+    Sandbox.from_id(detached, token=jupyter_server.token).terminate()
+    for kernel in (given, kernels[1]):
+        jupyter_server.request("DELETE", f"/api/kernels/{kernel}")
     assert kernels_of(jupyter_server) == []
 
 

@@ -17,6 +17,7 @@ from code_sandboxes.errors import (
     SandboxConnectionError,
     SandboxQuotaExceededError,
 )
+from code_sandboxes.reaper import Guard
 from code_sandboxes.remote.rest import Answer, Place, Rest
 from code_sandboxes.remote.server import JupyterServer
 
@@ -25,6 +26,9 @@ __all__ = ["Hub", "hub_of"]
 # Seconds between two looks at a server that starts or stops, and how long one may take to stop.
 _LOOK = 0.25
 _TO_STOP = 60.0
+
+# With it the Hub forgets a server that it stops.
+_REMOVE = {"remove": True}
 
 # What tells a server that was started here from those of the user.
 _PREFIX = "code-sandboxes-"
@@ -47,6 +51,15 @@ class Hub:
         self._rest = Rest(Place(self._origin, "hub_url"), token, scheme="token", what="the JupyterHub")
         self._server_name = server_name or _PREFIX + os.urandom(4).hex()
         self._may_be_there = server_name is not None
+
+    def guard(self) -> Guard:
+        """Stops the server if this program is killed; blocks.
+
+        Raises:
+            SandboxError: the Hub does not say whose it would be.
+        """
+        self._user = self._user or self._who_asks()
+        return self._rest.guard(self._path, _REMOVE)
 
     def start(self, seconds: float) -> JupyterServer:
         """A new server, when it can be used.
@@ -82,13 +95,13 @@ class Hub:
         if not self._may_be_there or not self._user:
             return
         give_up = time.monotonic() + _TO_STOP
-        answer = self._rest.ask("DELETE", self._path, {"remove": True})
+        answer = self._rest.ask("DELETE", self._path, _REMOVE)
         # One that is still starting is stopped when it has started, and not sooner.
         while answer.status in (202, 400) and time.monotonic() < give_up:
             time.sleep(_LOOK)
             if not self._look():
                 break
-            answer = self._rest.ask("DELETE", self._path, {"remove": True})
+            answer = self._rest.ask("DELETE", self._path, _REMOVE)
         if answer.status not in (202, 204, 404):
             raise self._rest.error(answer, "the end of a server")
         self._may_be_there = False

@@ -6,6 +6,7 @@ place of the token. Certificates are checked against the system's (``SSL_CERT_FI
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import ssl
@@ -28,6 +29,7 @@ from code_sandboxes.errors import (
     SandboxConnectionError,
     SandboxQuotaExceededError,
 )
+from code_sandboxes.reaper import Guard
 from code_sandboxes.transports.dialling import dial_unix
 
 __all__ = ["Answer", "HttpError", "Place", "Rest", "tls"]
@@ -150,9 +152,10 @@ class Rest:
         self.place = place
         self.what = f"{what} at {place.url}"
         self._token = token
+        self._authorization = f"{scheme} {token}" if token else None
         self._session = session = requests.Session()
         session.trust_env = False
-        session.auth = _Token(f"{scheme} {token}" if token else None)
+        session.auth = _Token(self._authorization)
         # Jupyter Server gives one that is as good as the token, and stays so when that is revoked.
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         if dial is None and place.unix_socket is not None:
@@ -224,6 +227,16 @@ class Rest:
             f"{self.what} answered {what} with the HTTP status {answer.status}"
             + f": {reason}" * bool(reason),
             answer.status,
+        )
+
+    def guard(self, path: str, body: object = None) -> Guard:
+        """Deletes what is there if this program is killed."""
+        return (
+            "resource",
+            self.place.http(path),
+            self.place.unix_socket or "",
+            self._authorization or "",
+            "" if body is None else json.dumps(body),
         )
 
     def close(self) -> None:

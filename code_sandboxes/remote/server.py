@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import socket
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from code_sandboxes.errors import SandboxConfigurationError, SandboxConnectionError, SandboxError
+from code_sandboxes.reaper import Guard
 from code_sandboxes.remote.rest import HttpError, Place, Rest, tls
 from code_sandboxes.transports.websocket import WebSocketAddress
 
@@ -142,11 +142,18 @@ class JupyterServer:
         return isinstance(self._rest.expect("GET", "/api").mapping.get("gateway_version"), str)
 
     def start(
-        self, name: str, *, path: str | None, env: Mapping[str, str] | None, seconds: float
+        self,
+        name: str,
+        kernel_id: str,
+        *,
+        path: str | None,
+        env: Mapping[str, str] | None,
+        seconds: float,
     ) -> KernelModel:
         """A new kernel.
 
         Args:
+            kernel_id: is to be its, and known if no answer comes; Enterprise Gateway gives it another.
             path: the folder below the server's root in which it begins; the server decides without one.
             env: environment variables, for servers that take them.
             seconds: for which it may take.
@@ -154,8 +161,6 @@ class JupyterServer:
         Raises:
             SandboxError: it was not started.
         """
-        # Jupyter Server and Kernel Gateway let who asks say the id, so it is known if no answer comes.
-        kernel_id = str(uuid.uuid4())
         body: dict[str, object] = {"name": name, "kernel_id": kernel_id}
         if path is not None:
             body["path"] = path
@@ -203,6 +208,10 @@ class JupyterServer:
         answer = self._rest.ask("DELETE", _path_of(kernel_id), seconds=_TO_DELETE)
         if answer.status != 404 and not 200 <= answer.status < 300:
             raise self._rest.error(answer, "the end of a kernel")
+
+    def guard(self, kernel_id: str) -> Guard:
+        """Deletes it if this program is killed."""
+        return self._rest.guard(_path_of(kernel_id))
 
     def channels(self, kernel_id: str, session_id: str) -> WebSocketAddress:
         """Where its messages go in and out."""

@@ -34,12 +34,12 @@ from code_sandboxes.remote.server import is_kernel_id
 from code_sandboxes.transports.loop import the_loop
 from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant, max_output_of
 from code_sandboxes.variants.datalayer_accounts import Account, account_of, known_account
-from code_sandboxes.variants.datalayer_guards import Guard, Guards
 from code_sandboxes.variants.datalayer_orders import name_of, order_of
 from code_sandboxes.variants.datalayer_shelf import DatalayerShelf
 from code_sandboxes.variants.gateway import JupyterGateway
 from code_sandboxes.variants.ingress import Ingress, reached
 from code_sandboxes.variants.lifetimes import Lifetime
+from code_sandboxes.variants.remote_guards import Guard, guards
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
@@ -208,8 +208,8 @@ class DatalayerRuntime(Variant):
         self._record, self._audience = record, audience
         order, environment = order_of(self.config, record.name, self._datalayer, self._shelf)
         self._creation = Creation(self._datalayer, order, self.config.start_timeout, lambda: self._is_over)
-        self._guard = (self._datalayer.runtimes_url, self._account.token, order.given_name)
-        _guards.guard(self._guard)
+        self._guard = ("runtime", self._datalayer.runtimes_url, self._account.token, order.given_name)
+        guards.guard(self._guard)
         self._runtime = runtime = self._creation.make()
         _here[runtime.name] = self
         lifetime = order.credits / environment.burning_rate if environment.burning_rate > 0 else math.inf
@@ -301,14 +301,14 @@ class DatalayerRuntime(Variant):
             ) from None
         self._close()
         if self._guard is not None and self._creation is not None and not is_over:
-            _guards.release_later(self._guard, self._creation.undo)
+            guards.release_later(self._guard, self._creation.undo)
         else:
             self._release()
 
     def _release(self) -> None:
         """Nobody has to end it any more."""
         if self._guard is not None:
-            _guards.release(self._guard)
+            guards.release(self._guard)
 
     def _close(self) -> None:
         """Let go of all connections."""
@@ -391,8 +391,6 @@ class DatalayerRuntime(Variant):
 
 # The runtimes that this program uses, by their names: of them it knows more than the service.
 _here: WeakValueDictionary[str, DatalayerRuntime] = WeakValueDictionary()
-
-_guards = Guards()
 
 
 def _about(runtime: Runtime) -> dict[str, object]:

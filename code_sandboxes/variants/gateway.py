@@ -12,6 +12,7 @@ again. A server that does not answer a question is waited for a minute, at the e
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
@@ -25,12 +26,14 @@ from code_sandboxes.errors import (
 )
 from code_sandboxes.guest_boot import prologue
 from code_sandboxes.info import Capabilities, Capability, SandboxVariant
+from code_sandboxes.reaper import Guard
 from code_sandboxes.remote.hub import Hub, hub_of
 from code_sandboxes.remote.kernels import RemoteContext, RemoteKernel
 from code_sandboxes.remote.rest import Place
 from code_sandboxes.remote.server import JupyterServer, KernelModel, KernelSpec, is_kernel_id
 from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant, max_output_of
 from code_sandboxes.variants.lifetimes import Lifetime
+from code_sandboxes.variants.remote_guards import guards
 
 if TYPE_CHECKING:
     from code_sandboxes.config import SandboxConfig
@@ -78,6 +81,7 @@ class JupyterGateway(Variant):
         self._default = ""
         self._contexts: dict[str, RemoteContext] = {}
         self._lifetime: Lifetime | None = None
+        self._guards: dict[str, Guard] = {}  # by context; of a Hub's server, by ""
         self._was_attached = self._is_over = self._limits = False
 
     def _place_of(self, options: Mapping[str, object]) -> tuple[Place, str | None]:
@@ -212,6 +216,7 @@ class JupyterGateway(Variant):
         if record.time_left is not None:
             self.expire_in(record.time_left, f"it reached its max_lifetime of {record.time_left:g} s")
         if self._hub is not None:
+            self._guard("", self._hub.guard())
             self._known_server = self._hub.start(self.config.start_timeout)
         self._find_out()
 
@@ -265,7 +270,23 @@ class JupyterGateway(Variant):
     def _start(self, spec: ContextSpec) -> KernelModel:
         seconds = max(self.config.start_timeout, _LEAST_TO_START)
         env = limits_of(self.config) if self._limits else {}
-        return self._server.start(spec.kernel_name, path=self._path, env=env, seconds=seconds)
+        kernel_id = str(uuid.uuid4())
+        self._guard(spec.id, self._server.guard(kernel_id))
+        model = self._server.start(spec.kernel_name, kernel_id, path=self._path, env=env, seconds=seconds)
+        if model.id != kernel_id:
+            self._guard(spec.id, self._server.guard(model.id))
+        return model
+
+    def _guard(self, what: str, guard: Guard) -> None:
+        """In the place of the one that there was for it."""
+        guards.guard(guard)
+        self._release(what)
+        self._guards[what] = guard
+
+    def _release(self, *what: str) -> None:
+        for each in what:
+            if (guard := self._guards.pop(each, None)) is not None:
+                guards.release(guard)
 
     def expire_in(self, seconds: float, why: str) -> None:
         assert self._lifetime is not None
@@ -293,6 +314,7 @@ class JupyterGateway(Variant):
             else:
                 failed = []  # what it had is gone with it
         self._close_connections()
+        self._release(*self._guards)
         if failed:
             raise SandboxConnectionError("; ".join(failed))
 
@@ -306,6 +328,7 @@ class JupyterGateway(Variant):
         context = self._contexts.pop(context_id, None)
         if context is not None:
             context.delete()
+            self._release(context_id)
 
     # Found by its id.
 
@@ -349,6 +372,7 @@ class JupyterGateway(Variant):
     def detach(self, *, keep: bool) -> None:
         if self._lifetime is not None:
             self._lifetime.cancel()
+        self._release(*self._guards)
         self._close_connections()
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from code_sandboxes.errors import SandboxAuthenticationError, SandboxConnectionError
 from code_sandboxes.info import SandboxVariant
+from code_sandboxes.reaper import Guard
 from code_sandboxes.remote.datalayer import pauses
 from code_sandboxes.remote.datalayer_values import Runtime
 from code_sandboxes.remote.kernels import RemoteKernel
@@ -60,6 +61,9 @@ class Ingress(JupyterGateway):
         context.is_given = self._is_over  # else it can be deleted, and another one takes its place
         context.is_fresh = context.is_fresh or self._is_fresh
         return launch
+
+    def _guard(self, what: str, guard: Guard) -> None:
+        return  # what ends the runtime ends its kernels
 
     def ends(self, why: str, *, orderly: bool) -> None:
         super().ends(why, orderly=orderly)

@@ -1,4 +1,4 @@
-"""What ends the runtimes of this program at Datalayer that it does not end itself."""
+"""What ends what this program has made elsewhere, kernels and runtimes, should it be killed."""
 
 from __future__ import annotations
 
@@ -8,25 +8,22 @@ from collections.abc import Callable
 from threading import Lock
 
 from code_sandboxes.forks import in_forked_child
-from code_sandboxes.reaper import Reaper
+from code_sandboxes.reaper import Guard, Reaper
 from code_sandboxes.transports.loop import the_loop
 
-__all__ = ["Guard", "Guards"]
+__all__ = ["Guard", "guards"]
 
 _log = logging.getLogger(__name__)
 
 # Seconds after which it is looked whether a runtime has come of a request without an answer: four times.
 _LOOKS = (15.0, 30.0, 60.0, 120.0)
 
-Guard = tuple[str, str, str]
-"""Where runtimes are, who may end them, and the name of one."""
 
-
-class Guards:
+class _Guards:
     """Those of this process; its forks have none of them. From any thread.
 
     The process that watches this one, should it be killed, is there as long as there is something to guard.
-    Windows has no way to start it: there the end of a reservation is what ends a runtime.
+    Windows has no way to start it: there a runtime ends with its reservation, and a kernel when it is culled.
     """
 
     def __init__(self) -> None:
@@ -40,7 +37,7 @@ class Guards:
         with self._lock:
             self._guarded.add(guard)
             if os.name == "posix":
-                self._reaper.guard_runtime(*guard)
+                self._reaper.guard_remote(guard)
 
     def release(self, guard: Guard) -> None:
         """It has ended, or is to go on; may be called again."""
@@ -49,7 +46,7 @@ class Guards:
                 return
             self._guarded.discard(guard)
             if os.name == "posix":
-                self._reaper.release_runtime(*guard)
+                self._reaper.release_remote(guard)
             if not self._guarded:
                 self._reaper.close()
 
@@ -77,3 +74,7 @@ class Guards:
     def _let_go(self) -> object:
         parents, self._reaper, self._guarded, self._lock = self._reaper, Reaper(), set(), Lock()
         return parents
+
+
+guards = _Guards()
+"""All of this process: one process watches for all of them."""
