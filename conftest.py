@@ -127,6 +127,25 @@ def _marks(variant: SandboxVariant | str, is_slow: bool) -> list[pytest.MarkDeco
     return marks
 
 
+# Modules that look at all that the container engine has: no two of them at once.
+_ABOUT_THE_ENGINE = {
+    f"tests/test_{name}.py" for name in ("build_image", "container_snapshots", "distant_docker", "docker")
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """The tests of a module run in one process, one after the other, as they share sandboxes and servers."""
+    from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]  # it has no types
+
+    class ByModule(LoadFileScheduling):  # type: ignore[misc]  # nor has this
+        def _split_scope(self, nodeid: str) -> str:
+            module: str = super()._split_scope(nodeid)
+            return "the engine" if module in _ABOUT_THE_ENGINE else module
+
+    return ByModule(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what a variant cannot do: ``@pytest.mark.needs("own_process", "languages.bash")``."""
     left_out = [item for item in items if not _can_run(item)]

@@ -57,14 +57,6 @@ _NEWBORN = 0.25
 # How long an engine may go on to make a container for one who was killed meanwhile.
 _MAKING = 10.0
 
-Guard = tuple[str, ...]
-"""What to end elsewhere: its kind, and what the function of that kind in this file takes.
-
-* ``runtime``: of Datalayer; the URL at which the service has its runtimes, a token, and its given name.
-* ``resource``: what a DELETE ends, as a kernel of a Jupyter server; its URL, the path of the Unix socket of
-  its server (empty if it has none), the header ``Authorization`` (empty for none), and the request's body.
-"""
-
 # How long something may be in the making elsewhere, until a server answers, and between two looks.
 _APPEARING, _ANSWER, _PAUSE = 60.0, 30.0, 1.0
 
@@ -81,6 +73,21 @@ _MUCH = 128 * 1024
 
 # What is said of a cgroup that was removed just now, by its file system and by an open file in it.
 _REMOVED = (errno.ENOENT, errno.ENODEV)
+
+
+class Guard(tuple[str, ...]):
+    """What to end elsewhere: its kind, and what the function of that kind in this file takes, its URL first.
+
+    * ``runtime``: of Datalayer; the URL at which the service has its runtimes, a token, and its given name.
+    * ``resource``: what a DELETE ends, as a kernel of a Jupyter server; its URL, the path of its server's Unix
+      socket (empty if it has none), the header ``Authorization`` (empty for none), and the request's body.
+    """
+
+    def __new__(cls, kind: str, url: str, *more: str) -> Guard:
+        return super().__new__(cls, (kind, url, *more))
+
+    def __repr__(self) -> str:
+        return f"<Guard of a {self[0]} at {self[1]}>"  # the rest has a secret in it
 
 
 class Reaper:

@@ -231,7 +231,7 @@ class Rest:
 
     def guard(self, path: str, body: object = None) -> Guard:
         """Deletes what is there if this program is killed."""
-        return (
+        return Guard(
             "resource",
             self.place.http(path),
             self.place.unix_socket or "",

@@ -208,7 +208,7 @@ class DatalayerRuntime(Variant):
         self._record, self._audience = record, audience
         order, environment = order_of(self.config, record.name, self._datalayer, self._shelf)
         self._creation = Creation(self._datalayer, order, self.config.start_timeout, lambda: self._is_over)
-        self._guard = ("runtime", self._datalayer.runtimes_url, self._account.token, order.given_name)
+        self._guard = Guard("runtime", self._datalayer.runtimes_url, self._account.token, order.given_name)
         guards.guard(self._guard)
         self._runtime = runtime = self._creation.make()
         _here[runtime.name] = self
