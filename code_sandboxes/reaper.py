@@ -79,8 +79,8 @@ class Guard(tuple[str, ...]):
     """What to end elsewhere: its kind, and what the function of that kind in this file takes, its URL first.
 
     * ``runtime``: of Datalayer; the URL at which the service has its runtimes, a token, and its given name.
-    * ``resource``: what a DELETE ends, as a kernel of a Jupyter server; its URL, the path of its server's Unix
-      socket (empty if it has none), the header ``Authorization`` (empty for none), and the request's body.
+    * ``resource``: what a DELETE ends, as a kernel of a Jupyter server; its URL, the path of the server's Unix
+      socket (empty for none), the header ``Authorization`` (empty for none), and the request's body.
     """
 
     def __new__(cls, kind: str, url: str, *more: str) -> Guard:
