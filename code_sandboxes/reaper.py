@@ -79,7 +79,7 @@ class Guard(tuple[str, ...]):
     """What to end elsewhere: its kind, and what the function of that kind in this file takes, its URL first.
 
     * ``runtime``: of Datalayer; the URL at which the service has its runtimes, a token, and its given name.
-    * ``resource``: what a DELETE ends, as a kernel of a Jupyter server; its URL, the path of the server's Unix
+    * ``resource``: what a DELETE ends, as a kernel of a server; its URL, the path of the server's Unix
       socket (empty for none), the header ``Authorization`` (empty for none), and the request's body.
     """
 
