@@ -263,6 +263,7 @@ class Kernel:
         self._loss_to_tell = None
         self._state = _State.STARTING
         self._restarting = True
+        self._handshake_ids.clear()  # what is still asked of the one that goes says nothing of the next
         self._waiting_for_start.append(inbox)
         self._process.kill()
 
@@ -351,7 +352,9 @@ class Kernel:
         self._ready_if_complete()
 
     def _ready_if_complete(self) -> None:
-        if self._state is not _State.STARTING or self.info is None or not self._heard_iopub:
+        if self._state is not _State.STARTING or self._restarting:
+            return
+        if self.info is None or not self._heard_iopub:
             return
         assert self._process is not None
         if not self._is_set_up and not self._set_up(self._process, self.info):

@@ -357,25 +357,25 @@ def test_a_detached_sandbox_ends_in_time_although_nobody_is_attached(
     start_program: StartProgram, folder: Path, end: str
 ) -> None:
     program = start_program()
-    setting = f"config=SandboxConfig({end}=1)" if end != "set_timeout" else ""
+    setting = f"config=SandboxConfig({end}=4)" if end != "set_timeout" else ""
     program.tell(f"""
         sandbox = create({setting})
         sandbox.run_code("x = 1")
-        {"sandbox.set_timeout(1)" if end == "set_timeout" else ""}
+        {"sandbox.set_timeout(3)" if end == "set_timeout" else ""}
         sandbox.detach()
     """)
     program.close()
     assert len(sandbox_folders(folder)) == 1
-    wait_until(lambda: nothing_is_left_in(folder), seconds=10)
+    wait_until(lambda: nothing_is_left_in(folder), seconds=20)
 
 
 @pytest.mark.slow
 def test_set_timeout_can_be_longer_and_shorter_and_is_told_to_all(start_program: StartProgram) -> None:
-    with create(config=SandboxConfig(max_lifetime=1)) as sandbox:
+    with create(config=SandboxConfig(max_lifetime=3)) as sandbox:
         sandbox.set_timeout(1000)
         other = start_program()
         other.tell(f"sandbox = Sandbox.from_id({sandbox.id!r})")
-        time.sleep(1.2)  # nothing tells that it does not end
+        time.sleep(3.2)  # nothing tells that it does not end
         assert sandbox.run_code("1").text == "1"
         assert sandbox.info.end_at == pytest.approx(time.time() + 999, abs=5)
         other.tell("sandbox.set_timeout(500)")
@@ -394,11 +394,11 @@ def test_set_timeout_cuts_a_run_short(folder: Path, make_sandbox: MakeSandbox) -
     for wrong, kind in ((-1, ValueError), ("1", TypeError), (float("nan"), ValueError)):
         with pytest.raises(kind, match="seconds must be"):
             sandbox.set_timeout(wrong)  # type: ignore[arg-type]  # on purpose
-    sandbox.set_timeout(0.3)
+    sandbox.set_timeout(1)
     result = sandbox.run_code("import time\nwhile True: time.sleep(0.01)", timeout=0)
     assert result.status == "interrupted"
     assert result.error is not None
-    assert result.error.value == "the sandbox ended: the 0.3 s that set_timeout() gave it are over"
+    assert result.error.value == "the sandbox ended: the 1 s that set_timeout() gave it are over"
     wait_until(lambda: not sandbox.is_running)
 
 
@@ -408,11 +408,11 @@ def test_a_sandbox_is_not_idle_while_code_runs_in_it_also_when_nobody_is_attache
 ) -> None:
     program = start_program()
     program.tell("""
-        sandbox = create(config=SandboxConfig(idle_timeout=0.7))
-        for _ in range(6):
-            assert sandbox.run_code("import time; time.sleep(0.3); 1").text == "1"
-        assert sandbox.run_code("time.sleep(2); 2").text == "2"
-        code = "print('on', flush=True); time.sleep(2.5); open('done', 'w').close(); time.sleep(0.5)"
+        sandbox = create(config=SandboxConfig(idle_timeout=2))
+        for _ in range(5):
+            assert sandbox.run_code("import time; time.sleep(0.5); 1").text == "1"
+        assert sandbox.run_code("time.sleep(3); 2").text == "2"
+        code = "print('on', flush=True); time.sleep(3.5); open('done', 'w').close(); time.sleep(0.5)"
         on = threading.Event()
         run = lambda: sandbox.run_code(code, on_stdout=lambda _: on.set())
         thread = threading.Thread(target=run); thread.start(); on.wait()
@@ -420,16 +420,16 @@ def test_a_sandbox_is_not_idle_while_code_runs_in_it_also_when_nobody_is_attache
     """)
     program.close()
     (sandbox_folder,) = sandbox_folders(folder)
-    wait_until(lambda: (sandbox_folder / "home" / "done").exists(), seconds=10)
-    wait_until(lambda: nothing_is_left_in(folder), seconds=10)
+    wait_until(lambda: (sandbox_folder / "home" / "done").exists(), seconds=20)
+    wait_until(lambda: nothing_is_left_in(folder), seconds=20)
 
 
 @pytest.mark.slow
 def test_an_idle_sandbox_ends_and_its_program_is_told(folder: Path) -> None:
-    sandbox = create(config=SandboxConfig(idle_timeout=0.5))
+    sandbox = create(config=SandboxConfig(idle_timeout=2))
     assert sandbox.run_code("1").text == "1"
     wait_until(lambda: not sandbox.is_running)
-    with pytest.raises(SandboxNotStartedError, match=r"is terminated: it was idle for 0\.5 s"):
+    with pytest.raises(SandboxNotStartedError, match=r"is terminated: it was idle for 2 s"):
         sandbox.run_code("1")
 
 
@@ -777,9 +777,9 @@ def test_large_messages_of_the_code_are_nothing_to_the_keeper(folder: Path) -> N
 
 @pytest.mark.slow
 def test_a_kernel_that_died_is_idle(folder: Path) -> None:
-    sandbox = create(config=SandboxConfig(idle_timeout=1))
-    assert sandbox.run_code("import os, time; time.sleep(2); os._exit(1)").status == "kernel_died"
-    wait_until(lambda: not sandbox.is_running, seconds=5)
+    sandbox = create(config=SandboxConfig(idle_timeout=2))
+    assert sandbox.run_code("import os, time; time.sleep(3); os._exit(1)").status == "kernel_died"
+    wait_until(lambda: not sandbox.is_running, seconds=15)
 
 
 PUBLISH = """
@@ -798,33 +798,33 @@ def publish(sandbox: Sandbox, then: str) -> None:
 
 @pytest.mark.slow
 def test_a_sandbox_is_not_idle_while_commands_run_in_it(folder: Path) -> None:
-    sandbox = create(config=SandboxConfig(idle_timeout=1.5))
+    sandbox = create(config=SandboxConfig(idle_timeout=3))
     begin = time.monotonic()
     publish(
         sandbox,
         """
         processes({"status": "running", "processes": 1})
-        threading.Timer(2, processes, [{"status": "none", "processes": 0}]).start()
+        threading.Timer(4, processes, [{"status": "none", "processes": 0}]).start()
         """,
     )
     wait_until(lambda: not sandbox.is_running)
-    assert time.monotonic() > begin + 3.5
-    with pytest.raises(SandboxNotStartedError, match=r"it was idle for 1\.5 s"):
+    assert time.monotonic() > begin + 7
+    with pytest.raises(SandboxNotStartedError, match=r"it was idle for 3 s"):
         sandbox.run_code("1")
 
 
 @pytest.mark.slow
 def test_commands_keep_a_sandbox_only_as_long_as_their_kernel_lives(folder: Path) -> None:
-    sandbox = create(config=SandboxConfig(idle_timeout=0.5))
+    sandbox = create(config=SandboxConfig(idle_timeout=2))
     publish(sandbox, 'processes({"status": "running", "processes": 1})')
     sandbox.create_context("other")
     assert sandbox.run_code("import os; os._exit(1)").status == "kernel_died"
-    wait_until(lambda: not sandbox.is_running, seconds=5)
+    wait_until(lambda: not sandbox.is_running, seconds=15)
 
 
 @pytest.mark.slow
 def test_nonsense_about_commands_keeps_no_sandbox(folder: Path) -> None:
-    sandbox = create(config=SandboxConfig(idle_timeout=0.5))
+    sandbox = create(config=SandboxConfig(idle_timeout=2))
     publish(
         sandbox,
         """
@@ -842,13 +842,13 @@ def test_nonsense_about_commands_keeps_no_sandbox(folder: Path) -> None:
             processes(nonsense)
         """,
     )
-    wait_until(lambda: not sandbox.is_running, seconds=5)
+    wait_until(lambda: not sandbox.is_running, seconds=15)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("msg_type", ["comm_open", "comm_msg"])
 def test_calls_count_as_use(folder: Path, msg_type: str) -> None:
-    sandbox = create(config=SandboxConfig(idle_timeout=1.5))
+    sandbox = create(config=SandboxConfig(idle_timeout=3))
     begin = time.monotonic()
     publish(
         sandbox,
@@ -856,12 +856,12 @@ def test_calls_count_as_use(folder: Path, msg_type: str) -> None:
         def call(times):
             publish("status", {{"execution_state": "busy"}}, {{"header": {{"msg_type": "{msg_type}"}}}})
             if times > 1:
-                threading.Timer(0.3, call, [times - 1]).start()
+                threading.Timer(0.5, call, [times - 1]).start()
         call(8)
         """,
     )
     wait_until(lambda: not sandbox.is_running)
-    assert time.monotonic() > begin + 2.1 + 1.5
+    assert time.monotonic() > begin + 3.5 + 3
 
 
 # What is killed

@@ -31,6 +31,9 @@ _TO_APPEAR, _LOOK = 2.0, 0.2
 # What a proxy says when it has heard nothing from the server.
 _FOR_THE_SERVER = (502, 503, 504)
 
+# What a server says that could not do it; one that is starting a kernel again cannot end it meanwhile
+# (jupyter_client, "Kernel is in a pending state"). So long, in seconds, that is waited for.
+_COULD_NOT, _TO_BE_ABLE = 500, 10.0
 
 _OF_KUBERNETES = ("KubernetesProcessProxy", "CustomResourceProcessProxy", "SparkOperatorProcessProxy")
 
@@ -205,7 +208,11 @@ class JupyterServer:
 
     def delete(self, kernel_id: str) -> None:
         """End it; nothing is wrong if it is gone already."""
+        give_up = time.monotonic() + _TO_BE_ABLE
         answer = self._rest.ask("DELETE", _path_of(kernel_id), seconds=_TO_DELETE)
+        while answer.status == _COULD_NOT and time.monotonic() < give_up:
+            time.sleep(_LOOK)
+            answer = self._rest.ask("DELETE", _path_of(kernel_id), seconds=_TO_DELETE)
         if answer.status != 404 and not 200 <= answer.status < 300:
             raise self._rest.error(answer, "the end of a kernel")
 
