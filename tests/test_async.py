@@ -35,6 +35,7 @@ from code_sandboxes import (
 )
 from conftest import BUSY, BUSY_OR_WAITING, UNISOLATED
 
+IN_A_CONTAINER = True
 FAST_VARIANT = "local-jupyter"
 
 Body = Callable[[AsyncSandbox], Awaitable[None]]

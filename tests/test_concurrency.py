@@ -14,6 +14,8 @@ import pytest
 from code_sandboxes import OutputMessage, Sandbox
 from conftest import UNISOLATED, MakeSandbox, open_descriptors
 
+IN_A_CONTAINER = True
+
 
 @pytest.mark.slow
 def test_50_threads_on_one_sandbox_get_each_their_own_output(sandbox: Sandbox) -> None:
@@ -57,6 +59,7 @@ def test_runs_on_one_context_queue_in_the_order_of_their_calls(sandbox: Sandbox)
     assert sandbox.run_code("order == sorted(order), len(order)").text == "(True, 20)"
 
 
+@pytest.mark.not_in_a_container("so many take minutes; ten are enough in test_docker.py")
 @pytest.mark.slow
 @pytest.mark.needs("own_process")
 def test_50_sandboxes_in_one_process_do_not_mix_and_need_few_threads_and_descriptors(

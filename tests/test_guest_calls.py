@@ -25,6 +25,8 @@ from code_sandboxes.awaiting import drive as awaiting_drive
 from code_sandboxes.blocking import drive
 from conftest import UNISOLATED, wait_until
 
+IN_A_CONTAINER = True
+
 # Gives the guest one function more. (In local-eval this process has many guests.)
 ADD_FUNCTION = """
 import gc as _gc

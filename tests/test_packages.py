@@ -16,6 +16,7 @@ import pytest
 from code_sandboxes import Sandbox, SandboxConfigurationError, SandboxExecutionError
 from conftest import MakeSandbox
 
+IN_A_CONTAINER = True
 EVERY_FRONT = ("blocking", "async")
 
 

@@ -29,6 +29,7 @@ from code_sandboxes import (
 from code_sandboxes.sandbox import _CLASSES
 from conftest import UNISOLATED, sandbox_folders, wait_until
 
+IN_A_CONTAINER = True
 FAST_VARIANT = "local-eval"
 
 MakePool = Callable[..., SandboxPool]
@@ -228,6 +229,7 @@ def test_many_threads_share_a_small_pool() -> None:
 # What goes wrong.
 
 
+@pytest.mark.not_in_a_container("its processes have other numbers there")
 @pytest.mark.needs("own_process")
 def test_a_kernel_that_died_in_the_pool_is_not_handed_out(make_pool: MakePool) -> None:
     pool = make_pool()
@@ -241,6 +243,7 @@ def test_a_kernel_that_died_in_the_pool_is_not_handed_out(make_pool: MakePool) -
     assert dead.status == "stopped"
 
 
+@pytest.mark.not_in_a_container("its processes have other numbers there")
 @pytest.mark.slow
 @pytest.mark.needs("own_process")
 def test_a_kernel_that_is_stuck_is_not_handed_out(make_pool: MakePool) -> None:
