@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# A process for each processor, up to four; the tests of a module are one process's (conftest.py), and long ones
+# are not begun last.
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
 SOURCES = code_sandboxes tests benchmarks examples conftest.py
 
 # $(1) while there is a container engine (tests/engine.sh), with its exit status. Ctrl-C is for pytest alone: this
@@ -15,10 +18,10 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/analysis.py
 
 test: $(VENV)/test.stamp isolation
-	$(call with_engine,$(BIN)/python -m pytest)
+	$(call with_engine,$(PYTEST))
 
 test-fast: $(VENV)/test.stamp isolation
-	$(call with_engine,$(BIN)/python -m pytest -m "not slow")
+	$(call with_engine,$(PYTEST) -m "not slow")
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check $(SOURCES)

@@ -132,12 +132,13 @@ def _growth(program: str, variant: str) -> tuple[int, int, int]:
     "program",
     [
         "with create() as s: grow(lambda n: runs(s, n), 200, 1000)",
-        "grow(come_and_go, 10, 40)",
+        "grow(come_and_go, 10, 25)",
     ],
-    ids=["1,000 runs", "40 sandboxes"],
+    ids=["1,000 runs", "25 sandboxes"],
 )
 def test_nothing_grows(runtime_folder: Path, program: str, variant: str) -> None:
     descriptors, threads, size = _growth(program, variant)
 
-    assert (descriptors, threads) == (0, 0)
+    assert descriptors <= 0
+    assert threads <= 0  # one of the warm-up may end only now
     assert size < 2 * 1024**2
