@@ -856,6 +856,17 @@ def test_a_kernel_that_is_culled_ends_the_run(
     assert kernels(culling) == []
 
 
+def test_a_kernel_that_is_deleted_while_it_starts_is_not_waited_for(
+    server: JupyterServer, make: MakeSandbox, impatient: None, diary: Diary
+) -> None:
+    mute = server.install_kernel("mute", [sys.executable, "-c", "import time; time.sleep(600)"])
+    starting = Running(lambda: make(server.url, kernel_name=mute))
+    wait_until(lambda: kernels(server))
+    server.request("DELETE", only_kernel(server))
+    with refused(diary, SandboxConnectionError, "it is not on the server any more"):
+        starting.outcome()
+
+
 def test_a_kernel_that_the_server_gives_up_ends_the_run(fragile: JupyterServer, make: MakeSandbox) -> None:
     sandbox = make(fragile.url, token=fragile.token)
     result = sandbox.run_code("print('last words', flush=True)\nimport os; os._exit(3)")

@@ -23,7 +23,7 @@ __all__ = ["RemoteContext", "RemoteKernel"]
 
 _log = logging.getLogger(__name__)
 
-# Seconds between two questions to the server while a run is on: its own word is the last resort.
+# Seconds between two questions to the server while it starts or a run is on: its own word is the last resort.
 _ASK_EVERY = 20.0
 
 _DIED = "the server says that it died, and has started it again"
@@ -207,6 +207,7 @@ class RemoteKernel:
 
     def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
         self._loop, self._ended = loop, ended
+        self._ask_later()
 
     def claim(self, granted: Callable[[], None]) -> None:
         self._is_running = True
@@ -215,9 +216,7 @@ class RemoteKernel:
 
     def rest(self) -> None:
         self._is_running = False
-        if self._asking is not None:
-            self._asking.cancel()
-            self._asking = None
+        self._ask_no_more()
 
     def interrupt(self) -> None:
         self._tell(lambda: self._context.server.interrupt(self._kernel_id), "be interrupted")
@@ -360,17 +359,29 @@ class RemoteKernel:
         else:
             self._lose(sentence)
 
+    @property
+    def _is_awaited(self) -> bool:
+        return not self._is_over and (self._is_running or not self._kernel_session)
+
     def _ask_later(self) -> None:
+        self._ask_no_more()
         if self._loop is not None:
             self._asking = self._loop.call_later(_ASK_EVERY, self._ask)
+
+    def _ask_no_more(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
 
     def _ask(self) -> None:
         loop = self._loop
         assert loop is not None
+        if not self._is_awaited:
+            return
         loop.run_blocking(lambda: self._context.server.kernel(self._kernel_id), self._answered, apart=True)
 
     def _answered(self, model: KernelModel | None, error: Exception | None) -> None:
-        if self._is_over or not self._is_running:
+        if not self._is_awaited:
             return
         if error is not None:  # the websocket has its own patience with the server
             _log.debug("no answer about the kernel %s: %s", self._kernel_id, error)
