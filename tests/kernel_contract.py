@@ -25,7 +25,7 @@ import pytest
 from code_sandboxes.kernel_process import KernelProcess
 from code_sandboxes.protocol.messages import Channel, Message, Session, execute_content
 from code_sandboxes.transports.loop import the_loop
-from conftest import processes_of
+from conftest import processes_of, wait_until
 
 # Seconds after which a test that waits for a kernel has failed.
 PATIENCE = 30
@@ -150,6 +150,7 @@ class Conversation:
     def __init__(self, launch: Callable[[], KernelProcess]) -> None:
         before = _alive()
         self.process = launch()
+        wait_until(lambda: _alive() - before)  # a process has no arguments yet while it is in execve(2)
         self.body = _alive() - before
         """The process or the thread that came into being with it."""
         self.session = Session(os.urandom(8).hex(), lambda: datetime.now(timezone.utc).isoformat())
