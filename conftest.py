@@ -266,7 +266,7 @@ def _single_user_server(hub: JupyterHub) -> str:
     return f"{hub.url}/user/tests"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def datalayer() -> Iterator[dict[str, object]]:
     """The settings that lead datalayer-runtime to a service on this machine."""
     # What has few credits ends early, and tests take their time.
@@ -311,11 +311,11 @@ def sandbox(make_sandbox: MakeSandbox) -> Sandbox:
     return make_sandbox()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_sandboxes(
     request: pytest.FixtureRequest, variant: str, front: str, runtime_folder: Path
 ) -> Iterator[dict[object, Sandbox]]:
-    """By isolation; gone before those of another variant or front come."""
+    """By isolation; gone before those of another variant or front come, and at the end of the module."""
     if variant in SERVED:
         request.getfixturevalue(SERVED[variant])  # it has to be there when they end
     made: dict[object, Sandbox] = {}

@@ -150,6 +150,7 @@ class Kernel:
         self._last_message = 0.0
         self._restarting = self._dying = self._reconnecting = self._loss_told = self._is_held = False
         self._claiming = self._leaving = self._others_run = self._too_late = False
+        self._is_to_begin_again = False
         self._is_away = self._is_missing = False
         self._loss_to_tell: Died | None = None
         self._releasing = 0
@@ -256,16 +257,28 @@ class Kernel:
             self._launch()
 
     def _restart(self, inbox: Inbox) -> None:
-        if self._process is None or self._closing or self._state is _State.STARTING:
+        if self._closing:
             self._start(inbox)
             return
+        process = self._process
+        self._waiting_for_start.append(inbox)
+        if process is None or self._dying:
+            self._is_to_begin_again = True  # what comes next may be one that was there before
+            if process is None and self._state is not _State.STARTING:
+                self._launch()
+            return
+        is_new = self._state is _State.STARTING and not self._reconnecting and process.is_fresh
+        if not is_new and not self._restarting:
+            self._begin_again(process)
+
+    def _begin_again(self, process: KernelProcess) -> None:
         self._cut_short(f"{self._name} was restarted")
         self._loss_to_tell = None
         self._state = _State.STARTING
-        self._restarting = True
+        self._restarting, self._reconnecting = True, False
         self._handshake_ids.clear()  # what is still asked of the one that goes says nothing of the next
-        self._waiting_for_start.append(inbox)
-        self._process.kill()
+        _cancel(self._start_timer)
+        process.kill()
 
     def _launch(self) -> None:
         self._state = _State.STARTING
@@ -289,10 +302,14 @@ class Kernel:
         if process.is_fresh:  # else it answers when what others run in it is over
             self._start_timer = self._loop.call_later(self._limits.start, self._start_took_too_long)
         try:
-            process.watch(self._loop, self._process_ended)
+            process.watch(self._loop, lambda: self._process_ended(process))
             if self._closing:
                 process.kill()
+            elif self._is_to_begin_again and not process.is_fresh:
+                self._is_to_begin_again = False
+                self._begin_again(process)
             else:
+                self._is_to_begin_again = False
                 self._last_message = time.monotonic()
                 self._connect()
         except Exception as reason:  # too few descriptors, mostly: there is no kernel then
@@ -302,6 +319,7 @@ class Kernel:
         _cancel(self._start_timer)
         self._close_transport()
         self._process = None
+        self._dying = False
         process.kill()
         self._release(process)
         self._fail_to_start(SandboxConnectionError(f"{self._name} could not be started: {sentence}"))
@@ -352,7 +370,7 @@ class Kernel:
         self._ready_if_complete()
 
     def _ready_if_complete(self) -> None:
-        if self._state is not _State.STARTING or self._restarting:
+        if self._state is not _State.STARTING or self._restarting or self._dying:
             return
         if self.info is None or not self._heard_iopub:
             return
@@ -403,11 +421,12 @@ class Kernel:
 
     def _start_took_too_long(self) -> None:
         if self._state is _State.STARTING and self._process is not None:
-            self._too_late = True
+            self._too_late = self._dying = True  # if it answers now, it is too late all the same
             self._process.kill()
 
     def _fail_to_start(self, error: Exception) -> None:
         self._state = _State.DEAD
+        self._is_to_begin_again = False
         for inbox in self._take_waiting_for_start():
             inbox.put(StartFailed(error))
         for run in self._take_queue():
@@ -509,8 +528,8 @@ class Kernel:
             self._finish(run, NotRun(f"not run: the code is too long: {error}"))
             self._advance()
             return
-        if run.timeout is not None:
-            run.deadline = self._loop.call_later(run.timeout, lambda: self._time_out(run))
+        run.time_left = run.timeout
+        self._start_clock(run)
 
     def _over(self, run: Run) -> None:
         self._finish(run, Done())
@@ -534,7 +553,8 @@ class Kernel:
         """The kernel went idle and did not reply: it would not reply to the next one either."""
         assert self._process is not None
         sentence = "the kernel went idle without a reply; it was ended, and its variables are gone"
-        self._dying = self._loss_told = run.lost_state = True
+        self._dying = run.lost_state = True
+        self._loss_told = not run.abandoned
         self._finish(run, ConnectionLost(sentence, state_preserved=False))
         self._process.kill()
 
@@ -643,6 +663,7 @@ class Kernel:
 
     def _kill_under(self, run: Run) -> None:
         if run is self._current and self._process is not None:
+            self._dying = True  # should the run end by itself now, the next one is for another kernel
             self._process.kill()
 
     # What comes from the kernel.
@@ -718,6 +739,7 @@ class Kernel:
         """The connection is lost, or there again; then comes what the kernel has sent, if it was kept."""
         self._is_away = is_away
         if not is_away:
+            self._last_message = time.monotonic()  # for so long nothing could come
             self._advance()
         elif self._state is _State.STARTING:  # whatever was answered may be lost
             self._begin_to_shake_hands()
@@ -795,7 +817,7 @@ class Kernel:
     def _settle_if_quiet(self, run: Run) -> None:
         if run is not self._current:
             return
-        quiet_for = time.monotonic() - self._last_message
+        quiet_for = 0.0 if self._is_away else time.monotonic() - self._last_message
         if quiet_for < _SETTLE:
             patience = _SETTLE - quiet_for
             run.settling = self._loop.call_later(patience, lambda: self._settle_if_quiet(run))
@@ -829,25 +851,27 @@ class Kernel:
 
     # Death.
 
-    def _process_ended(self) -> None:
+    def _process_ended(self, process: KernelProcess) -> None:
+        if process is not self._process:  # it was given up, and its end has taken its time
+            return
         now = time.monotonic()
         self._dying = True  # what is sent from now on would reach nobody
         self._last_message = max(self._last_message, now)
-        self._drain(now)
+        self._drain(process, now)
 
-    def _drain(self, ended_at: float) -> None:
+    def _drain(self, process: KernelProcess, ended_at: float) -> None:
         now = time.monotonic()
         quiet_at = min(self._last_message + _DRAIN_QUIET, ended_at + _DRAIN_MOST)
         if now < quiet_at and not self._closing:
-            self._loop.call_at(quiet_at, lambda: self._drain(ended_at))
-        else:
-            self._bury()
+            self._loop.call_at(quiet_at, lambda: self._drain(process, ended_at))
+        elif process is self._process:
+            self._bury(process)
 
-    def _bury(self) -> None:
-        process, self._process = self._process, None
-        if process is None:  # it was given up before it could be watched properly
-            return
+    def _bury(self, process: KernelProcess) -> None:
+        self._process = None
         self._dying = self._claiming = self._others_run = False
+        loss_told, self._loss_told = self._loss_told, False
+        _cancel(self._start_timer)
         if self._state is _State.READY:
             self._recover_output(process)
         sentence = process.why_lost or f"the kernel {_how_it_died(process)}"
@@ -860,7 +884,10 @@ class Kernel:
         self._state, self._reconnecting = _State.DEAD, False
         if self._restarting:
             self._restarting = False
-            self._launch()
+            if process.may_go_on:
+                self._fail_to_start(self._error_of_start(process))
+            else:
+                self._launch()
         elif not started and process.may_go_on:
             self._is_missing = not process.is_fresh
             self._fail_to_start(self._error_of_start(process))
@@ -870,7 +897,7 @@ class Kernel:
         elif not started:
             self._fail_to_start(self._error_of_start(process))
         else:
-            self._died(process)
+            self._died(process, loss_told)
 
     def _recover_output(self, process: KernelProcess) -> None:
         for event in process.unpublished(self._router.published):
@@ -880,7 +907,7 @@ class Kernel:
             else:
                 self._of_the_kernel(event)
 
-    def _died(self, process: KernelProcess) -> None:
+    def _died(self, process: KernelProcess, loss_told: bool) -> None:
         code = process.exit_code()
         if process.may_go_on:
             if self._current is not None:
@@ -890,7 +917,7 @@ class Kernel:
         elif self._current is None and process.why_lost:
             self._loss_to_tell = Died(process.why_lost)
         elif self._current is None:
-            self._death_unreported, self._loss_told = not self._loss_told, False
+            self._death_unreported |= not loss_told
         else:
             began = self._current.started
             when = "while it ran the code" if began else "before it told that it had begun with the code"
@@ -907,7 +934,6 @@ class Kernel:
         if process.why_lost:
             what = "started" if process.is_fresh else "reached"
             return SandboxConnectionError(f"{self._name} could not be {what}: {process.why_lost}")
-        _cancel(self._start_timer)
         if self._too_late:
             what = f"did not answer within {self._limits.start:g} s"
         else:

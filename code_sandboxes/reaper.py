@@ -57,8 +57,9 @@ _NEWBORN = 0.25
 # How long an engine may go on to make a container for one who was killed meanwhile.
 _MAKING = 10.0
 
-# How long something may be in the making elsewhere, until a server answers, and between two looks.
-_APPEARING, _ANSWER, _PAUSE = 60.0, 30.0, 1.0
+# How long something may be in the making elsewhere (a server of a Hub takes its minute, and ends only then),
+# until a server answers, and between two looks.
+_APPEARING, _ANSWER, _PAUSE = 120.0, 30.0, 1.0
 
 # HTTP statuses that say that something was done, or will be (RFC 9110, section 15.3).
 _OK, _DONE = 200, (200, 202, 204)
@@ -164,6 +165,12 @@ class Reaper:
         except subprocess.TimeoutExpired:  # it goes on by itself; the program need not wait for it
             return
 
+    def forget(self) -> None:
+        """In a forked child: all is the parent's, and its pipe must not be held open."""
+        if self._process is not None and self._process.stdin is not None:
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), self._process.stdin.fileno(), inheritable=False)
+
     def _tell(self) -> None:
         # Everything in one line each time: a new process then knows as much as the old one did.
         guarded = {
@@ -196,7 +203,7 @@ def _start() -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         cwd="/",
         # Without a mark: if the program runs in a kernel, this ends after it and its keeper.
-        env={name: os.environ[name] for name in _CERTIFICATES if name in os.environ},
+        env={name: os.path.abspath(os.environ[name]) for name in _CERTIFICATES if os.environ.get(name)},
         start_new_session=True,  # Ctrl-C in a terminal must not end it before the program
     )
 
@@ -300,6 +307,18 @@ def remove_container(engine: str, name: str) -> bool:
 
 def _end_remote(guards: list[list[str]], program: int) -> None:
     """End what is elsewhere; what is not there may be in the making."""
+    servers: dict[str, list[list[str]]] = {}
+    for guard in guards:
+        servers.setdefault(guard[1].partition("://")[2].partition("/")[0], []).append(guard)
+    # One that does not answer keeps no other one waiting.
+    threads = [threading.Thread(target=_end_on_server, args=(each, program)) for each in servers.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _end_on_server(guards: list[list[str]], program: int) -> None:
     from http.client import HTTPException  # all of this takes longer to import than all the rest
 
     end: dict[str, Callable[..., bool]] = {"runtime": _end_runtime, "resource": _delete}

@@ -152,9 +152,9 @@ def test_its_environment_is_there_again_after_a_restart(create: Create, tmp_path
     dead = sandbox.run_code("import os; os._exit(1)")
 
     assert dead.status == "kernel_died"
-    assert sandbox.run_code("import os; os.environ['MINE'], os.getcwd()").text == f"('5', '{tmp_path}')"
+    assert sandbox.run_code("import os; print(os.environ['MINE'], os.getcwd())").stdout == f"5 {tmp_path}"
     sandbox.restart()
-    assert sandbox.run_code("import os; os.environ['MINE'], os.getcwd()").text == f"('5', '{tmp_path}')"
+    assert sandbox.run_code("import os; print(os.environ['MINE'], os.getcwd())").stdout == f"5 {tmp_path}"
 
 
 @pytest.mark.slow

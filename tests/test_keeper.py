@@ -227,11 +227,7 @@ def test_list_filters_by_variant_and_by_all_tags(folder: Path) -> None:
         ("", "no sandbox '': the id of a datalayer-runtime is the name of its runtime"),
     ],
 )
-def test_what_is_not_there_is_not_found(
-    folder: Path, id: str, sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("DATALAYER_API_KEY", "DATALAYER_RUN_URL"):  # of the service of other tests
-        monkeypatch.delenv(name, raising=False)
+def test_what_is_not_there_is_not_found(folder: Path, id: str, sentence: str) -> None:
     with pytest.raises(SandboxNotFoundError, match=f"^{sentence}$"):
         Sandbox.from_id(id)
 

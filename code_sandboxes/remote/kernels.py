@@ -138,6 +138,7 @@ class RemoteContext:
             if self.kernel_id is None or self.is_over or self.server.kernel(self.kernel_id) is None:
                 return
             self.server.restart(self.kernel_id)
+            self.is_fresh = True
 
 
 class RemoteKernel:
@@ -160,6 +161,8 @@ class RemoteKernel:
         self._older: set[int] = set()
         self._transport: WebSocketTransport | None = None
         self._asking: Timer | None = None
+        self._interrupts = 0  # that the server has not answered
+        self._claimed: Callable[[], None] | None = None
 
     def transport(
         self, loop: Loop, identity: str, receive: Callable[[Message], None], max_message: int
@@ -210,6 +213,9 @@ class RemoteKernel:
         self._ask_later()
 
     def claim(self, granted: Callable[[], None]) -> None:
+        if self._interrupts:  # else it might be felt by the next run
+            self._claimed = granted
+            return
         self._is_running = True
         self._ask_later()
         granted()
@@ -219,7 +225,19 @@ class RemoteKernel:
         self._ask_no_more()
 
     def interrupt(self) -> None:
-        self._tell(lambda: self._context.server.interrupt(self._kernel_id), "be interrupted")
+        if self._loop is not None:
+            self._interrupts += 1
+            self._loop.run_blocking(
+                lambda: self._context.server.interrupt(self._kernel_id), self._interrupted, apart=True
+            )
+
+    def _interrupted(self, _: object, error: Exception | None) -> None:
+        self._interrupts -= 1
+        if error is not None:  # the deadline of whoever wanted that goes on
+            _log.warning("the kernel %s could not be interrupted: %s", self._kernel_id, error)
+        granted, self._claimed = self._claimed, None
+        if granted is not None and not self._is_over:
+            self.claim(granted)
 
     def terminate(self) -> None:
         self._end_for_good()
@@ -228,7 +246,7 @@ class RemoteKernel:
         if self._context.is_over:
             self._end_for_good()
         elif not self._is_ending and self._loop is not None:
-            self._is_ending = self._context.is_fresh = True
+            self._is_ending = True
             self._loop.run_blocking(self._context.restart, self._restarted, apart=True)
 
     def leave(self) -> None:
@@ -255,14 +273,6 @@ class RemoteKernel:
         if error is not None:  # whoever ends the sandbox tries again, and tells
             _log.info("a kernel could not be deleted: %s", error)
         self._end("it was ended")
-
-    def _tell(self, request: Callable[[], None], what: str) -> None:
-        def told(_: object, error: Exception | None) -> None:
-            if error is not None:  # the deadline of whoever wanted that goes on
-                _log.warning("the kernel %s could not %s: %s", self._kernel_id, what, error)
-
-        if self._loop is not None:
-            self._loop.run_blocking(request, told, apart=True)
 
     # How it goes: the server's messages, the connection, and in the end a question.
 
@@ -376,12 +386,13 @@ class RemoteKernel:
     def _ask(self) -> None:
         loop = self._loop
         assert loop is not None
+        self._asking = None
         if not self._is_awaited:
             return
         loop.run_blocking(lambda: self._context.server.kernel(self._kernel_id), self._answered, apart=True)
 
     def _answered(self, model: KernelModel | None, error: Exception | None) -> None:
-        if not self._is_awaited:
+        if not self._is_awaited or self._asking is not None:  # it was for a run that is over
             return
         if error is not None:  # the websocket has its own patience with the server
             _log.debug("no answer about the kernel %s: %s", self._kernel_id, error)
@@ -410,6 +421,8 @@ class RemoteKernel:
         self._end(why)
 
     def _lose(self, why: str) -> None:
+        if self._is_over:
+            return
         self._why_lost = why
         self._context.was_left_running = self._is_running
         self._end("")

@@ -7,6 +7,7 @@ place of the token. Certificates are checked against the system's (``SSL_CERT_FI
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import ssl
@@ -234,7 +235,7 @@ class Rest:
         return Guard(
             "resource",
             self.place.http(path),
-            self.place.unix_socket or "",
+            os.path.abspath(self.place.unix_socket) if self.place.unix_socket else "",
             self._authorization or "",
             "" if body is None else json.dumps(body),
         )

@@ -20,7 +20,7 @@ from code_sandboxes.reaper import Guard
 from code_sandboxes.remote.rest import HttpError, Place, Rest, tls
 from code_sandboxes.transports.websocket import WebSocketAddress
 
-__all__ = ["JupyterServer", "KernelModel", "KernelSpec", "is_kernel_id"]
+__all__ = ["JupyterServer", "KernelModel", "KernelSpec", "is_kernel_id", "is_unanswered"]
 
 # Seconds: who ends a sandbox waits for that.
 _TO_DELETE = 30.0
@@ -172,7 +172,7 @@ class JupyterServer:
         try:
             return _model(self._rest.expect("POST", "/api/kernels", body, seconds=seconds).mapping)
         except SandboxConnectionError as error:
-            if not isinstance(error, HttpError) or error.status in _FOR_THE_SERVER:
+            if is_unanswered(error):
                 self._end_if_started(kernel_id)
             raise
 
@@ -180,9 +180,7 @@ class JupyterServer:
         """It may be starting still; if nobody answers now either, there is nothing to be done."""
         give_up = time.monotonic() + _TO_APPEAR
         with suppress(SandboxError):  # why it was not started says more
-            while self._rest.ask("DELETE", _path_of(kernel_id), seconds=_TO_DELETE).status == 404:
-                if time.monotonic() > give_up:
-                    return
+            while not self.delete(kernel_id) and time.monotonic() < give_up:
                 time.sleep(_LOOK)
 
     def kernels(self) -> list[KernelModel]:
@@ -206,8 +204,12 @@ class JupyterServer:
         """Let it begin again, under the same id."""
         self._rest.expect("POST", f"{_path_of(kernel_id)}/restart")
 
-    def delete(self, kernel_id: str) -> None:
-        """End it; nothing is wrong if it is gone already."""
+    def delete(self, kernel_id: str) -> bool:
+        """End it; False if it is not there.
+
+        Raises:
+            SandboxError: the server does not do it.
+        """
         give_up = time.monotonic() + _TO_BE_ABLE
         answer = self._rest.ask("DELETE", _path_of(kernel_id), seconds=_TO_DELETE)
         while answer.status == _COULD_NOT and time.monotonic() < give_up:
@@ -215,6 +217,7 @@ class JupyterServer:
             answer = self._rest.ask("DELETE", _path_of(kernel_id), seconds=_TO_DELETE)
         if answer.status != 404 and not 200 <= answer.status < 300:
             raise self._rest.error(answer, "the end of a kernel")
+        return answer.status != 404
 
     def guard(self, kernel_id: str) -> Guard:
         """Deletes it if this program is killed."""
@@ -234,6 +237,13 @@ class JupyterServer:
     def close(self) -> None:
         """Let go of the connections to it."""
         self._rest.close()
+
+
+def is_unanswered(error: SandboxError) -> bool:
+    """Does *error* leave open whether what was asked for was done?"""
+    if isinstance(error, HttpError):
+        return error.status in _FOR_THE_SERVER
+    return isinstance(error, SandboxConnectionError)
 
 
 def is_kernel_id(text: str) -> bool:

@@ -32,6 +32,7 @@ from code_sandboxes.isolation.engine_address import EngineAddress
 from code_sandboxes.isolation.gpus import is_named
 from code_sandboxes.isolation.plan import Bounds, ContainerPlan, Plan
 from code_sandboxes.network_info import NetworkAttempt
+from code_sandboxes.reaper import Guard
 from code_sandboxes.remote.exec_stream import dial_socket
 from code_sandboxes.remote.kernels import RemoteKernel
 from code_sandboxes.remote.rest import Place
@@ -334,6 +335,9 @@ class DistantDocker(JupyterGateway):
         told = {name: getattr(spec, name) for name in _OF_A_CONTEXT}
         self._steward.keep({f"{_CONTEXT}{spec.id}": {**told, "env": dict(spec.env), "kernel_id": model.id}})
         return model
+
+    def _guard(self, what: str, guard: Guard) -> None:
+        return  # what ends the container ends its kernels, and that is seen to from inside
 
     def delete_context(self, context_id: str) -> None:
         super().delete_context(context_id)

@@ -30,7 +30,13 @@ from code_sandboxes.reaper import Guard
 from code_sandboxes.remote.hub import Hub, hub_of
 from code_sandboxes.remote.kernels import RemoteContext, RemoteKernel
 from code_sandboxes.remote.rest import Place
-from code_sandboxes.remote.server import JupyterServer, KernelModel, KernelSpec, is_kernel_id
+from code_sandboxes.remote.server import (
+    JupyterServer,
+    KernelModel,
+    KernelSpec,
+    is_kernel_id,
+    is_unanswered,
+)
 from code_sandboxes.variants.base import Audience, ContextSpec, Record, Variant, max_output_of
 from code_sandboxes.variants.lifetimes import Lifetime
 from code_sandboxes.variants.remote_guards import guards
@@ -45,6 +51,9 @@ _MAYBE = (
     "only an Enterprise Gateway whose kernels are containers of Kubernetes does it, which is asked at the"
     " start; local-docker can do it on this machine"
 )
+
+# What the guard of a server that a Hub has started is known by; a kernel has no such id.
+_OF_THE_HUB = "the server"
 
 # Whoever asks with a shorter patience than the server's own may leave a kernel that nobody knows of.
 _LEAST_TO_START = 40.0
@@ -81,8 +90,9 @@ class JupyterGateway(Variant):
         self._default = ""
         self._contexts: dict[str, RemoteContext] = {}
         self._lifetime: Lifetime | None = None
-        self._guards: dict[str, Guard] = {}  # by context; of a Hub's server, by ""
-        self._was_attached = self._is_over = self._limits = False
+        self._started: dict[str, str] = {}  # the kernels' ids there, by context
+        self._guards: dict[str, Guard] = {}  # by these, and by _OF_THE_HUB
+        self._was_attached = self._was_detached = self._is_over = self._limits = False
 
     def _place_of(self, options: Mapping[str, object]) -> tuple[Place, str | None]:
         token = _given(options, "token") or os.environ.get("JUPYTER_TOKEN")
@@ -216,7 +226,7 @@ class JupyterGateway(Variant):
         if record.time_left is not None:
             self.expire_in(record.time_left, f"it reached its max_lifetime of {record.time_left:g} s")
         if self._hub is not None:
-            self._guard("", self._hub.guard())
+            self._guard(_OF_THE_HUB, self._hub.guard())
             self._known_server = self._hub.start(self.config.start_timeout)
         self._find_out()
 
@@ -271,17 +281,29 @@ class JupyterGateway(Variant):
         seconds = max(self.config.start_timeout, _LEAST_TO_START)
         env = limits_of(self.config) if self._limits else {}
         kernel_id = str(uuid.uuid4())
-        self._guard(spec.id, self._server.guard(kernel_id))
-        model = self._server.start(spec.kernel_name, kernel_id, path=self._path, env=env, seconds=seconds)
+        self._guard(kernel_id, self._server.guard(kernel_id))
+        try:
+            model = self._server.start(spec.kernel_name, kernel_id, path=self._path, env=env, seconds=seconds)
+        except SandboxError as error:
+            guard = self._guards.pop(kernel_id, None)
+            if guard is not None and is_unanswered(error):
+                guards.release_later(guard, lambda: self._server.delete(kernel_id))
+            elif guard is not None:
+                guards.release(guard)
+            raise
         if model.id != kernel_id:
-            self._guard(spec.id, self._server.guard(model.id))
+            self._guard(model.id, self._server.guard(model.id))
+            self._release(kernel_id)
+        if (earlier := self._started.get(spec.id)) is not None:  # it is gone, or there would be no new one
+            self._release(earlier)
+        self._started[spec.id] = model.id
         return model
 
     def _guard(self, what: str, guard: Guard) -> None:
-        """In the place of the one that there was for it."""
-        guards.guard(guard)
-        self._release(what)
-        self._guards[what] = guard
+        """Nobody else's kernel, nor one that goes on without this program."""
+        if not (self._was_attached or self._was_detached):
+            guards.guard(guard)
+            self._guards[what] = guard
 
     def _release(self, *what: str) -> None:
         for each in what:
@@ -301,9 +323,9 @@ class JupyterGateway(Variant):
 
     def remove(self) -> None:
         failed = []
-        for context in list(self._contexts.values()):
+        for context_id, context in list(self._contexts.items()):
             try:
-                context.delete()
+                self._delete(context_id, context)
             except SandboxError as error:
                 failed.append(f"the kernel {context.kernel_id} is left: {error}")
         if self._hub is not None:
@@ -313,8 +335,8 @@ class JupyterGateway(Variant):
                 failed = [f"the server that was started is left: {error}"]
             else:
                 failed = []  # what it had is gone with it
+                self._release(*self._guards)
         self._close_connections()
-        self._release(*self._guards)
         if failed:
             raise SandboxConnectionError("; ".join(failed))
 
@@ -325,10 +347,14 @@ class JupyterGateway(Variant):
             self._hub.close()
 
     def delete_context(self, context_id: str) -> None:
-        context = self._contexts.pop(context_id, None)
+        context = self._contexts.get(context_id)
         if context is not None:
-            context.delete()
-            self._release(context_id)
+            self._delete(context_id, context)
+            self._contexts.pop(context_id, None)
+
+    def _delete(self, context_id: str, context: RemoteContext) -> None:
+        context.delete()
+        self._release(self._started.pop(context_id, ""))
 
     # Found by its id.
 
@@ -372,6 +398,7 @@ class JupyterGateway(Variant):
     def detach(self, *, keep: bool) -> None:
         if self._lifetime is not None:
             self._lifetime.cancel()
+        self._was_detached = True
         self._release(*self._guards)
         self._close_connections()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from threading import Lock
 
@@ -15,15 +16,18 @@ __all__ = ["Guard", "guards"]
 
 _log = logging.getLogger(__name__)
 
-# Seconds after which it is looked whether a runtime has come of a request without an answer: four times.
+# Seconds after which it is looked whether something has come of a request without an answer: four times.
 _LOOKS = (15.0, 30.0, 60.0, 120.0)
+
+# Windows has no way to start who watches, and a program without an interpreter has none.
+_CAN_WATCH = os.name == "posix" and bool(sys.executable) and not getattr(sys, "frozen", False)
 
 
 class _Guards:
     """Those of this process; its forks have none of them. From any thread.
 
     The process that watches this one, should it be killed, is there as long as there is something to guard.
-    Windows has no way to start it: there a runtime ends with its reservation, and a kernel when it is culled.
+    Where it cannot be started a runtime ends with its reservation, and a kernel when it is culled.
     """
 
     def __init__(self) -> None:
@@ -36,7 +40,7 @@ class _Guards:
         """From before it is asked for until it is released."""
         with self._lock:
             self._guarded.add(guard)
-            if os.name == "posix":
+            if _CAN_WATCH:
                 self._reaper.guard_remote(guard)
 
     def release(self, guard: Guard) -> None:
@@ -45,7 +49,7 @@ class _Guards:
             if guard not in self._guarded:
                 return
             self._guarded.discard(guard)
-            if os.name == "posix":
+            if _CAN_WATCH:
                 self._reaper.release_remote(guard)
             if not self._guarded:
                 self._reaper.close()
@@ -63,16 +67,17 @@ class _Guards:
 
         def ended(is_over: bool | None, error: Exception | None) -> None:
             if error is not None:
-                _log.warning("a runtime may be left: %s", error)
+                _log.warning("something may be left: %s", error)
             if more and not is_over:
                 self._end_later(guard, end, *more)
             elif error is None:  # else it is left to who watches this process
-                self.release(guard)
+                loop.run_blocking(lambda: self.release(guard), lambda *_: None, apart=True)
 
         loop.call_later(delay, lambda: loop.run_blocking(end, ended, apart=True))
 
     def _let_go(self) -> object:
         parents, self._reaper, self._guarded, self._lock = self._reaper, Reaper(), set(), Lock()
+        parents.forget()
         return parents
 
 
