@@ -898,6 +898,7 @@ def program(code: str, server: JupyterServer, *arguments: str) -> subprocess.Pop
     return subprocess.Popen(
         [sys.executable, "-c", code, server.url, *arguments],
         env={**os.environ, "JUPYTER_TOKEN": server.token},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -1012,6 +1013,22 @@ def test_a_program_that_is_interrupted_in_a_run_leaves_no_kernel(server: Jupyter
         started.send_signal(signal.SIGINT)
         assert started.wait(SOON) == -signal.SIGINT
     assert kernels(server) == []
+
+
+def test_what_a_program_could_not_delete_is_deleted_after_its_end(
+    server: JupyterServer, proxy: CuttingProxy
+) -> None:
+    code = "input()\ntry: sandbox.terminate()\nexcept Exception as error: print(error, flush=True)\n"
+    with program(CREATES.replace("sys.argv[1]", "sys.argv[2]") + code, server, proxy.url) as started:
+        assert started.stdout is not None
+        started.stdout.readline()
+        proxy.refuse()
+        proxy.cut()
+        said, errors = started.communicate("\n", timeout=60)
+    assert "is left" in said, errors
+    only_kernel(server)
+    proxy.accept()
+    wait_until(lambda: kernels(server) == [])
 
 
 def test_the_end_of_a_fork_ends_nothing(server: JupyterServer, make: MakeSandbox) -> None:
