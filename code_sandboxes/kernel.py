@@ -151,6 +151,7 @@ class Kernel:
         self._restarting = self._dying = self._reconnecting = self._loss_told = self._is_held = False
         self._claiming = self._leaving = self._others_run = self._too_late = False
         self._is_to_begin_again = False
+        self._may_be_there = True  # what is reached next is what was to be restarted, and not its successor
         self._is_away = self._is_missing = False
         self._loss_to_tell: Died | None = None
         self._releasing = 0
@@ -261,9 +262,10 @@ class Kernel:
             self._start(inbox)
             return
         process = self._process
+        self._loss_to_tell = None
         self._waiting_for_start.append(inbox)
         if process is None or self._dying:
-            self._is_to_begin_again = True  # what comes next may be one that was there before
+            self._is_to_begin_again = True
             if process is None and self._state is not _State.STARTING:
                 self._launch()
             return
@@ -273,7 +275,6 @@ class Kernel:
 
     def _begin_again(self, process: KernelProcess) -> None:
         self._cut_short(f"{self._name} was restarted")
-        self._loss_to_tell = None
         self._state = _State.STARTING
         self._restarting, self._reconnecting = True, False
         self._handshake_ids.clear()  # what is still asked of the one that goes says nothing of the next
@@ -305,7 +306,7 @@ class Kernel:
             process.watch(self._loop, lambda: self._process_ended(process))
             if self._closing:
                 process.kill()
-            elif self._is_to_begin_again and not process.is_fresh:
+            elif self._is_to_begin_again and self._may_be_there and not process.is_fresh:
                 self._is_to_begin_again = False
                 self._begin_again(process)
             else:
@@ -871,6 +872,7 @@ class Kernel:
         self._process = None
         self._dying = self._claiming = self._others_run = False
         loss_told, self._loss_told = self._loss_told, False
+        self._may_be_there = process.may_go_on
         _cancel(self._start_timer)
         if self._state is _State.READY:
             self._recover_output(process)
@@ -884,6 +886,7 @@ class Kernel:
         self._state, self._reconnecting = _State.DEAD, False
         if self._restarting:
             self._restarting = False
+            self._is_missing = process.may_go_on
             if process.may_go_on:
                 self._fail_to_start(self._error_of_start(process))
             else:
@@ -914,6 +917,8 @@ class Kernel:
                 self._finish(self._current, ConnectionLost(process.why_lost, state_preserved=False))
             else:
                 self._is_missing = True
+        elif self._current is None and self._is_to_begin_again:
+            pass  # whoever asked for that knows
         elif self._current is None and process.why_lost:
             self._loss_to_tell = Died(process.why_lost)
         elif self._current is None:

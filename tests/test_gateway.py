@@ -26,6 +26,7 @@ from code_sandboxes import (
 from code_sandboxes.remote.rest import Place
 from code_sandboxes.remote.server import KernelSpec
 from code_sandboxes.variants.gateway import limits_of
+from code_sandboxes.variants.remote_guards import guards
 from conftest import wait_until
 from tests.server_fixtures import running
 from tests.servers import EnterpriseGateway, JupyterHub, JupyterServer, KernelGateway, Server
@@ -381,6 +382,7 @@ def test_a_hub_without_named_servers_says_what_to_do(
         Sandbox.create("jupyter-gateway", hub_url=hub.url, token=token)
     with pytest.raises(SandboxAuthenticationError):
         Sandbox.create("jupyter-gateway", hub_url=hub.url, token="sesame")
+    assert guards._guarded == set()  # nothing has come of it that could be left
 
 
 # The suite, in short, on the other servers; ``pytest --variant jupyter-gateway --server ...`` is all of it.

@@ -323,9 +323,9 @@ def test_a_restart_of_one_that_was_never_started_starts_it_once() -> None:
     assert only.kills == 0
 
 
-def test_a_restart_that_fails_is_told() -> None:
-    old, still = ScriptedProcess(), ScriptedProcess(is_fresh=False)
-    kernel = of(old, still)
+def test_a_restart_that_fails_is_told_and_so_is_what_is_lost_later() -> None:
+    old, new = ScriptedProcess(), ScriptedProcess()
+    kernel = of(old, new)
     assert isinstance(start(kernel), Ready)
     inbox = restarting(kernel)
     wait_until(lambda: old.kills)
@@ -333,6 +333,28 @@ def test_a_restart_that_fails_is_told() -> None:
     last, _ = outcome(inbox)
     assert isinstance(last, StartFailed)
     assert "it could not be restarted: no" in str(last.error)
+    final, variables_were_lost = run(kernel)
+    assert isinstance(final, Done)
+    assert variables_were_lost
+
+
+def test_a_restart_after_a_death_takes_the_one_that_somebody_else_has_started_since() -> None:
+    dead, others = ScriptedProcess(), ScriptedProcess(is_fresh=False)
+    kernel = of(dead, others)
+    assert isinstance(start(kernel), Ready)
+    dead.ends()
+    assert isinstance(outcome(restarting(kernel))[0], Ready)
+    assert others.kills == 0
+
+
+def test_a_death_before_a_restart_is_not_told_after_it() -> None:
+    dead, new = ScriptedProcess(), ScriptedProcess()
+    kernel = of(dead, new)
+    assert isinstance(start(kernel), Ready)
+    dead.why_lost = "who had it is gone"
+    dead.ends()
+    assert isinstance(outcome(restarting(kernel))[0], Ready)
+    assert run(kernel) == (Done(), False)
 
 
 def test_after_a_restart_a_death_is_told_as_before(impatient: None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from code_sandboxes.errors import (
+    SandboxAuthenticationError,
     SandboxConfigurationError,
     SandboxConnectionError,
     SandboxQuotaExceededError,
@@ -69,12 +70,12 @@ class Hub:
         """
         give_up = time.monotonic() + seconds
         self._user = self._user or self._who_asks()
-        self._may_be_there = True  # whatever comes of it
-        answer = self._rest.ask("POST", self._path, {}, seconds=seconds)
+        answer = self._ask_for_server(seconds)
         while answer.status == 429 and time.monotonic() < give_up:  # others are starting
             time.sleep(min(answer.retry_after or 1.0, max(0.0, give_up - time.monotonic())))
-            answer = self._rest.ask("POST", self._path, {}, seconds=seconds)
+            answer = self._ask_for_server(seconds)
         if answer.status not in (201, 202):
+            self._may_be_there = answer.status >= 500
             raise self._why_not(answer)
         while not (server := self._look()).get("ready"):
             if not server:
@@ -85,6 +86,14 @@ class Hub:
                 )
             time.sleep(_LOOK)
         return JupyterServer(Place(self._origin + _path_of(server), "the server's URL"), self._token)
+
+    def _ask_for_server(self, seconds: float) -> Answer:
+        self._may_be_there = True  # whatever comes of it
+        try:
+            return self._rest.ask("POST", self._path, {}, seconds=seconds)
+        except (SandboxAuthenticationError, SandboxQuotaExceededError):  # nothing does
+            self._may_be_there = False
+            raise
 
     def stop(self) -> None:
         """Stop the server, and let the Hub forget it; nothing is wrong if it is gone already.

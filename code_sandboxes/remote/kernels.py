@@ -349,6 +349,8 @@ class RemoteKernel:
         return False
 
     def _broken(self, why: str, status: int | None) -> None:
+        if self._is_ending:  # what has been asked for tells how it ends
+            return
         server = self._context.server
         if status in (401, 403):
             self._lose(f"{server.place.url} does not let this token to the kernel: {why}")
@@ -364,6 +366,8 @@ class RemoteKernel:
 
     def _looked_for(self, model: KernelModel | None, error: Exception | None, sentence: str) -> None:
         """There is no websocket to it: because there is no kernel, or because something is in between."""
+        if self._is_ending:
+            return
         if model is None and error is None:
             self._end(_DELETED)
         else:

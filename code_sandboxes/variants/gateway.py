@@ -274,6 +274,10 @@ class JupyterGateway(Variant):
             prologue=prologue(env, cwd) if is_python else None,
         )
         context.is_over = self._is_over
+        left = self._contexts.pop(spec.id, None)
+        if left is not None and left.kernel_id is not None:  # it could not be deleted, which is tried again
+            self._contexts[left.kernel_id] = left
+            self._started[left.kernel_id] = self._started.pop(spec.id, "")
         self._contexts[spec.id] = context
         return context.launch
 
@@ -285,11 +289,10 @@ class JupyterGateway(Variant):
         try:
             model = self._server.start(spec.kernel_name, kernel_id, path=self._path, env=env, seconds=seconds)
         except SandboxError as error:
-            guard = self._guards.pop(kernel_id, None)
-            if guard is not None and is_unanswered(error):
+            if not is_unanswered(error):
+                self._release(kernel_id)
+            elif (guard := self._guards.get(kernel_id)) is not None:
                 guards.release_later(guard, lambda: self._server.delete(kernel_id))
-            elif guard is not None:
-                guards.release(guard)
             raise
         if model.id != kernel_id:
             self._guard(model.id, self._server.guard(model.id))
@@ -301,9 +304,12 @@ class JupyterGateway(Variant):
 
     def _guard(self, what: str, guard: Guard) -> None:
         """Nobody else's kernel, nor one that goes on without this program."""
-        if not (self._was_attached or self._was_detached):
-            guards.guard(guard)
-            self._guards[what] = guard
+        if self._was_attached:
+            return
+        self._guards[what] = guard
+        guards.guard(guard)
+        if self._was_detached:  # meanwhile
+            guards.release(guard)
 
     def _release(self, *what: str) -> None:
         for each in what:
