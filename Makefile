@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# A process for each processor, up to four; the tests of a module are one process's (conftest.py), and long ones
-# are not begun last.
-PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
+# How many processes run tests; the tests of a module are one process's (conftest.py), and long ones are not begun
+# last. With none but pytest's own, on a machine that is slow, nothing is late.
+WORKERS ?= 0
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder
 SOURCES = code_sandboxes tests benchmarks examples conftest.py
 
 # $(1) while there is a container engine (tests/engine.sh), with its exit status. Ctrl-C is for pytest alone: this

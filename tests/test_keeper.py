@@ -1169,14 +1169,14 @@ def test_nonsense_harms_nobody_but_who_says_it(folder: Path, nonsense: bytes) ->
 def test_a_runtime_folder_without_room_is_told_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with mounted_tmpfs(tmp_path / "small", "size=16k,nr_inodes=3,mode=700") as small:
+    with mounted_tmpfs(tmp_path / "s", "size=16k,nr_inodes=3,mode=700") as small:
         monkeypatch.setenv("CODE_SANDBOXES_RUNTIME_DIR", str(small))
         with pytest.raises(
             SandboxConfigurationError, match=r"No space left on device.*CODE_SANDBOXES_RUNTIME_DIR"
         ):
             create()
         assert_nothing_is_left_in(small)
-    with mounted_tmpfs(tmp_path / "more", "size=200k,nr_inodes=9,mode=700") as more:
+    with mounted_tmpfs(tmp_path / "m", "size=200k,nr_inodes=9,mode=700") as more:
         monkeypatch.setenv("CODE_SANDBOXES_RUNTIME_DIR", str(more))
         with pytest.raises(
             (SandboxConfigurationError, SandboxConnectionError), match=r"No space left on device"
@@ -1189,7 +1189,7 @@ def test_a_runtime_folder_without_room_is_told_and_nothing_is_left(
 def test_a_runtime_folder_that_cannot_be_written_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with mounted_tmpfs(tmp_path / "ro", "ro,mode=700") as read_only:
+    with mounted_tmpfs(tmp_path / "r", "ro,mode=700") as read_only:
         monkeypatch.setenv("CODE_SANDBOXES_RUNTIME_DIR", str(read_only))
         with pytest.raises(
             SandboxConfigurationError, match=r"Read-only file system.*CODE_SANDBOXES_RUNTIME_DIR"

@@ -6,7 +6,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 
@@ -15,6 +17,7 @@ from code_sandboxes import (
     ExecutionResult,
     ExecutionStatus,
     Sandbox,
+    SandboxConfig,
     SandboxConnectionError,
     SandboxExecutionError,
     SandboxNotStartedError,
@@ -107,7 +110,8 @@ def test_every_death_of_the_process_is_told_and_leaves_a_working_sandbox(
 
 
 def _assert_ends(make_sandbox: MakeSandbox, ending: Ending) -> None:
-    sandbox = make_sandbox(config=_with_short_grace())
+    # What stops by itself is given its time, on a slow machine, too.
+    sandbox = make_sandbox(config=SandboxConfig() if ending.state_preserved else _with_short_grace())
     sandbox.run_code("kept = 'yes'")
 
     result = sandbox.run_code(f"print('before')\n{ending.code}", timeout=ending.timeout)
@@ -259,8 +263,7 @@ def test_interrupt_while_the_kernel_is_starting_again_takes_the_run_out(sandbox:
 @pytest.mark.parametrize("code", BUSY_OR_WAITING)
 @pytest.mark.slow
 def test_interrupt_from_another_thread_keeps_the_variables(sandbox: Sandbox, code: str) -> None:
-    threading.Timer(0.3, sandbox.interrupt).start()
-    result = sandbox.run_code(f"x = 1\nprint('on')\n{code}")
+    result = sandbox.run_code(f"x = 1\nprint('on')\n{code}", on_stdout=elsewhere(sandbox.interrupt))
 
     assert result.status == "interrupted"
     assert result.stdout == "on"
@@ -284,8 +287,9 @@ def test_an_interrupt_that_the_interpreter_drops_comes_again(sandbox: Sandbox) -
 
 @pytest.mark.slow
 def test_interrupt_of_an_awaiting_cell(sandbox: Sandbox) -> None:
-    threading.Timer(0.3, sandbox.interrupt).start()
-    result = sandbox.run_code("import asyncio; await asyncio.sleep(60)")
+    result = sandbox.run_code(
+        "print('on'); import asyncio; await asyncio.sleep(60)", on_stdout=elsewhere(sandbox.interrupt)
+    )
 
     assert result.status == "interrupted"
 
@@ -296,18 +300,20 @@ def test_interrupt_when_nothing_runs_says_so_and_harms_nothing(shared_sandbox: S
 
 
 def test_code_that_handles_the_interrupt_decides_how_it_ends(sandbox: Sandbox) -> None:
-    threading.Timer(0.3, sandbox.interrupt).start()
-    result = sandbox.run_code(f"try:\n    {BUSY}\nexcept KeyboardInterrupt: print('cleaned up')\n'done'")
+    result = sandbox.run_code(
+        f"try:\n    print('on')\n    {BUSY}\nexcept KeyboardInterrupt: print('cleaned up')\n'done'",
+        on_stdout=elsewhere(sandbox.interrupt),
+    )
 
-    assert (result.status, result.stdout, result.text) == ("ok", "cleaned up", "'done'")
+    assert (result.status, result.stdout, result.text) == ("ok", "on\ncleaned up", "'done'")
 
 
 @pytest.mark.slow
 def test_code_that_swallows_the_interrupt_is_killed_after_the_grace(make_sandbox: MakeSandbox) -> None:
     sandbox = make_sandbox(config=_with_short_grace())
-    threading.Timer(0.3, sandbox.interrupt).start()
     result = sandbox.run_code(
-        f"while True:\n    try:\n        {BUSY}\n    except KeyboardInterrupt: print('no')"
+        f"print('no')\nwhile True:\n    try:\n        {BUSY}\n    except KeyboardInterrupt: print('no')",
+        on_stdout=elsewhere(sandbox.interrupt),
     )
 
     assert (result.status, result.state_preserved) == ("interrupted", False)
@@ -419,9 +425,9 @@ def test_raise_for_status_of_a_death_is_a_connection_error(sandbox: Sandbox) -> 
 def test_ctrl_c_in_the_program_interrupts_the_code_and_is_raised(sandbox: Sandbox, code: str) -> None:
     main_thread = threading.main_thread().ident
     assert main_thread is not None
-    threading.Timer(0.5, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+    ctrl_c = elsewhere(partial(signal.pthread_kill, main_thread, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        sandbox.run_code(f"x = 1\n{code}")
+        sandbox.run_code(f"x = 1\nprint('on')\n{code}", on_stdout=ctrl_c)
 
     wait_until(lambda: not sandbox.is_executing)
     assert sandbox.run_code("x").text == "1"
@@ -436,7 +442,10 @@ def test_ctrl_c_is_noticed_where_a_library_lets_system_calls_go_on(sandbox: Sand
         signal.siginterrupt(signal.SIGINT, True)
 
 
-def _with_short_grace() -> object:
-    from code_sandboxes import SandboxConfig
+def elsewhere(function: Callable[[], object]) -> Callable[[object], None]:
+    """A callback that calls *function* in another thread."""
+    return lambda _: threading.Thread(target=function).start()
 
+
+def _with_short_grace() -> SandboxConfig:
     return SandboxConfig(interrupt_grace=0.7)
