@@ -15,6 +15,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from code_sandboxes.checks import check_str
@@ -92,6 +93,7 @@ class JupyterGateway(Variant):
         self._lifetime: Lifetime | None = None
         self._started: dict[str, str] = {}  # the kernels' ids there, by context
         self._guards: dict[str, Guard] = {}  # by these, and by _OF_THE_HUB
+        self._unanswered: set[str] = set()  # kernels that may be there
         self._was_attached = self._was_detached = self._is_over = self._limits = False
 
     def _place_of(self, options: Mapping[str, object]) -> tuple[Place, str | None]:
@@ -292,7 +294,8 @@ class JupyterGateway(Variant):
             if not is_unanswered(error):
                 self._release(kernel_id)
             elif (guard := self._guards.get(kernel_id)) is not None:
-                guards.release_later(guard, lambda: self._server.delete(kernel_id))
+                self._unanswered.add(kernel_id)
+                guards.release_later(guard, lambda: self._end_unanswered(kernel_id))
             raise
         if model.id != kernel_id:
             self._guard(model.id, self._server.guard(model.id))
@@ -342,9 +345,28 @@ class JupyterGateway(Variant):
             else:
                 failed = []  # what it had is gone with it
                 self._release(*self._guards)
+        for what in self._guards.keys() - self._unanswered:
+            guards.release_later(self._guards[what], partial(self._end_again, what))
         self._close_connections()
         if failed:
             raise SandboxConnectionError("; ".join(failed))
+
+    def _end_unanswered(self, kernel_id: str) -> bool:
+        try:
+            return self._server.delete(kernel_id)
+        finally:
+            if self._is_over:
+                self._close_connections()
+
+    def _end_again(self, what: str) -> bool:
+        try:
+            if what == _OF_THE_HUB and self._hub is not None:
+                self._hub.stop()
+            else:
+                self._server.delete(what)
+        finally:
+            self._close_connections()
+        return True
 
     def _close_connections(self) -> None:
         if self._known_server is not None:
