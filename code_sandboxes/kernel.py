@@ -300,17 +300,16 @@ class Kernel:
         self._process = process
         self._death_unreported |= self._is_missing and process.is_fresh
         self._is_missing = False
+        is_to_begin_again, self._is_to_begin_again = self._is_to_begin_again, False
         if process.is_fresh:  # else it answers when what others run in it is over
             self._start_timer = self._loop.call_later(self._limits.start, self._start_took_too_long)
         try:
             process.watch(self._loop, lambda: self._process_ended(process))
             if self._closing:
                 process.kill()
-            elif self._is_to_begin_again and self._may_be_there and not process.is_fresh:
-                self._is_to_begin_again = False
+            elif is_to_begin_again and self._may_be_there and not process.is_fresh:
                 self._begin_again(process)
             else:
-                self._is_to_begin_again = False
                 self._last_message = time.monotonic()
                 self._connect()
         except Exception as reason:  # too few descriptors, mostly: there is no kernel then

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hypothesis import settings
 
 from code_sandboxes.protocol.calls import Execution, Shown
-from code_sandboxes.protocol.events import Event, KernelReplaced
+from code_sandboxes.protocol.events import Event, KernelReplaced, Streamed
 from code_sandboxes.protocol.messages import Channel, Message, Session
 from code_sandboxes.protocol.outputs import Displays
 from code_sandboxes.protocol.router import Routed, Router
@@ -16,6 +16,7 @@ from code_sandboxes.results import ExecutionError, InputRequest, OutputMessage, 
 
 __all__ = [
     "Output",
+    "QuietProcess",
     "ScriptedClient",
     "ScriptedKernel",
     "ScriptedRun",
@@ -83,6 +84,35 @@ class ScriptedKernel:
     def reply(self, *, to: Message, status: str = "ok", **content: object) -> Message:
         msg_type = to.msg_type.replace("_request", "_reply")
         return self.says(msg_type, {"status": status, **content}, to=to, channel="shell")
+
+
+class QuietProcess:
+    """What a kernel asks of a process, of one of which there is nothing to tell."""
+
+    why_lost = ""
+    why_ended = ""
+    may_go_on = False
+
+    def exit_code(self) -> int | None:
+        return -9
+
+    def output(self) -> str:
+        return ""
+
+    def written(self) -> list[int]:
+        return [0, 0]
+
+    def unpublished(self, published: object) -> list[Streamed]:
+        return []
+
+    def claim(self, granted: Callable[[], None]) -> None:
+        granted()
+
+    def rest(self) -> None:
+        return
+
+    def leave(self) -> None:
+        return
 
 
 class ScriptedRun:

@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -22,7 +22,6 @@ from code_sandboxes.protocol.events import (
     Event,
     KernelReplaced,
     NotRun,
-    Streamed,
     TimedOut,
 )
 from code_sandboxes.protocol.messages import Channel, Message
@@ -31,19 +30,18 @@ from code_sandboxes.remote.server import KernelModel
 from code_sandboxes.runs import Run
 from code_sandboxes.transports.loop import Loop, the_loop
 from conftest import wait_until
-from tests.scripted import ScriptedKernel
+from tests.scripted import QuietProcess, ScriptedKernel
 
 FINAL = (Ready, StartFailed, Done, NotRun, Died, ConnectionLost)
 
 _NUMBERS = itertools.count(1)
 
 
-class ScriptedProcess:
+class ScriptedProcess(QuietProcess):
     """It ends when told; it answers and runs code at once, unless it is to do that when told, too."""
 
     interrupt_mode: Literal["signal"] = "signal"
     how_killed = "it was killed"
-    why_ended = ""
 
     def __init__(
         self,
@@ -57,8 +55,6 @@ class ScriptedProcess:
         self.prologue = prologue
         self.mute = mute
         self.runs = runs
-        self.why_lost = ""
-        self.may_go_on = False
         self.kills = 0
         self.asked: list[Message] = []  # all kernel_info requests
         self.begun: list[Message] = []  # all execute requests
@@ -133,24 +129,6 @@ class ScriptedProcess:
     def watch(self, loop: Loop, ended: Callable[[], None]) -> None:
         self._ended = ended
 
-    def exit_code(self) -> int | None:
-        return -9
-
-    def output(self) -> str:
-        return ""
-
-    def written(self) -> list[int]:
-        return [0, 0]
-
-    def unpublished(self, published: Sequence[int]) -> list[Streamed]:
-        return []
-
-    def claim(self, granted: Callable[[], None]) -> None:
-        granted()
-
-    def rest(self) -> None:
-        return
-
     def interrupt(self) -> None:
         return
 
@@ -159,9 +137,6 @@ class ScriptedProcess:
 
     def kill(self) -> None:
         self.kills += 1
-
-    def leave(self) -> None:
-        return
 
     def release(self) -> None:
         return

@@ -21,7 +21,7 @@ from code_sandboxes.inbox import Inbox
 from code_sandboxes.kernel import Ended, Kernel, Ready, StartFailed
 from code_sandboxes.kernel_process import Limits
 from code_sandboxes.protocol.calls import Execution
-from code_sandboxes.protocol.events import Event, Streamed
+from code_sandboxes.protocol.events import Event
 from code_sandboxes.protocol.messages import Message, Session
 from code_sandboxes.protocol.wire import WireCodec
 from code_sandboxes.protocol.zmtp import hello
@@ -30,12 +30,13 @@ from code_sandboxes.runs import Run
 from code_sandboxes.transports.loop import Loop, the_loop
 from code_sandboxes.transports.zmq import ConnectionInfo, ZmqTransport
 from conftest import wait_until
+from tests.scripted import QuietProcess
 
 KEY = "a key"
 PORTS = {"shell": 1, "iopub": 2, "stdin": 3, "control": 4, "hb": 5}
 
 
-class ScriptedKernel(threading.Thread):
+class ScriptedKernel(QuietProcess, threading.Thread):
     """A kernel of real sockets that says what the test wants; it is its own process, as far as we know."""
 
     interrupt_mode: Literal["message"] = "message"
@@ -108,10 +109,7 @@ class ScriptedKernel(threading.Thread):
     # What the kernel object wants of a process.
 
     is_fresh = True
-    why_lost = ""
     prologue = None
-    may_go_on = False
-    why_ended = ""
 
     def transport(
         self, loop: Loop, identity: str, receive: Callable[[Message], None], max_message: int
@@ -120,27 +118,6 @@ class ScriptedKernel(threading.Thread):
 
     def watch(self, loop: object, ended: Callable[[], None]) -> None:
         self._ended = ended
-
-    def exit_code(self) -> int | None:
-        return -9
-
-    def output(self) -> str:
-        return ""
-
-    def written(self) -> list[int]:
-        return [0, 0]
-
-    def unpublished(self, published: object) -> list[Streamed]:
-        return []
-
-    def claim(self, granted: Callable[[], None]) -> None:
-        granted()
-
-    def rest(self) -> None:
-        return
-
-    def leave(self) -> None:
-        return
 
     def interrupt(self) -> None:
         raise AssertionError("it is interrupted by message")

@@ -295,7 +295,7 @@ class JupyterGateway(Variant):
                 self._release(kernel_id)
             elif (guard := self._guards.get(kernel_id)) is not None:
                 self._unanswered.add(kernel_id)
-                guards.release_later(guard, lambda: self._end_unanswered(kernel_id))
+                guards.release_later(guard, partial(self._end_again, kernel_id))
             raise
         if model.id != kernel_id:
             self._guard(model.id, self._server.guard(model.id))
@@ -351,22 +351,16 @@ class JupyterGateway(Variant):
         if failed:
             raise SandboxConnectionError("; ".join(failed))
 
-    def _end_unanswered(self, kernel_id: str) -> bool:
-        try:
-            return self._server.delete(kernel_id)
-        finally:
-            if self._is_over:
-                self._close_connections()
-
     def _end_again(self, what: str) -> bool:
+        """Says whether nothing more can come of it."""
         try:
             if what == _OF_THE_HUB and self._hub is not None:
                 self._hub.stop()
-            else:
-                self._server.delete(what)
+                return True
+            return self._server.delete(what) or what not in self._unanswered
         finally:
-            self._close_connections()
-        return True
+            if self._is_over:
+                self._close_connections()
 
     def _close_connections(self) -> None:
         if self._known_server is not None:
